@@ -1,0 +1,327 @@
+// The module fused_opt._C: what Python sees of the native code. fused_opt/_plan.py is its caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <sstream>
+#include <unordered_set>
+
+#include "cpu/multi_tensor_apply.h"
+#include "cuda/multi_tensor_apply.h"
+#include "plan.h"
+#include "tensor_reader.h"
+
+namespace py = pybind11;
+
+namespace fused_opt {
+namespace {
+
+PyObject* row_error = nullptr;
+PyObject* cuda_error = nullptr;
+
+// Python exceptions whose arguments are the fields of ours.
+void register_errors(py::module_& module) {
+  row_error = py::exception<RowError>(module, "RowError").release().ptr();
+  cuda_error = py::exception<cuda::CudaError>(module, "CudaError").release().ptr();
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      std::rethrow_exception(pointer);
+    } catch (const cuda::CudaError& error) {
+      PyErr_SetObject(cuda_error, py::make_tuple(error.code, error.what()).ptr());
+    }
+  });
+}
+
+TensorReader& reader() {
+  static TensorReader* const instance = new TensorReader;  // never freed: it holds Python objects
+  return *instance;
+}
+
+// Looks parameters up in a dict that is mostly in their order. Walking along costs 5 ns a tensor;
+// hashing one calls back into Python and costs 80.
+class DictWalk {
+ public:
+  void rewind() { position_ = 0; }
+
+  // The value as a borrowed reference, or null.
+  PyObject* find(PyObject* dict, PyObject* key) {
+    Py_ssize_t position = position_;
+    PyObject *found, *value;
+    for (int ahead = 0; ahead < kLookAhead && PyDict_Next(dict, &position, &found, &value);
+         ++ahead) {
+      if (found != key) continue;
+      position_ = position;
+      return value;
+    }
+    value = PyDict_GetItemWithError(dict, key);
+    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+
+ private:
+  static constexpr int kLookAhead = 8;  // parameters without a gradient may lie between
+  Py_ssize_t position_ = 0;
+};
+
+// Rows of tensors as Python lists, which also keep them alive while the step runs without the GIL.
+struct Rows {
+  py::list streams[kStreams];
+  bool has[kStreams] = {true, true, true, true};
+
+  void append(PyObject* const (&tensors)[kStreams]) {
+    for (int s = 0; s < kStreams; ++s) {
+      if (has[s]) streams[s].append(py::handle(tensors[s]));
+    }
+  }
+  py::tuple tuple() const {
+    const auto list = [&](int s) {
+      return has[s] ? py::object(streams[s]) : py::object(py::none());
+    };
+    return py::make_tuple(list(kParam), list(kGrad), list(kMomentum), list(kShadow));
+  }
+};
+
+// A step in the making. Python adds tensors, has them checked, and runs them.
+class PyPlan {
+ public:
+  void clear() {
+    plan_.clear();
+    seen_.rewind();
+    state_walk_.rewind();
+    shadow_walk_.rewind();
+    params_.clear();
+    shadowed_ = 0;
+    written_ = py::list();
+  }
+
+  // Adds the parameters of a param group that have a gradient, with the momentum that `state`
+  // keeps under `key` (None: without momentum) and their shadow (`shadows` may be None).
+  //
+  // Returns (rows, fresh, for_torch, scattered): the rows that were checked, as lists; those that
+  // were not, since their momentum does not exist yet; and indices into `rows` as add() does.
+  py::tuple add_param_group(const py::list& params, const py::dict& state, const py::object& key,
+                            const py::object& shadows, const Group& group) {
+    static PyObject* const grad_name = PyUnicode_InternFromString("grad");
+    Rows rows, fresh;
+    rows.has[kMomentum] = fresh.has[kMomentum] = !key.is_none();
+    rows.has[kShadow] = fresh.has[kShadow] = !shadows.is_none();
+    Refused refused;
+    const uint16_t index = plan_.add_group(group);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+      PyObject* const param = PyList_GET_ITEM(params.ptr(), i);
+      const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad_name));
+      if (!grad) throw py::error_already_set();
+      if (grad.is_none()) continue;
+      PyObject* tensors[kStreams] = {param, grad.ptr(), Py_None, Py_None};
+      if (rows.has[kMomentum]) tensors[kMomentum] = momentum_of(state.ptr(), param, key.ptr());
+      if (rows.has[kShadow]) tensors[kShadow] = shadow_of(shadows.ptr(), param);
+      if (rows.has[kMomentum] && tensors[kMomentum] == Py_None) {
+        fresh.append(tensors);
+      } else {
+        rows.append(tensors);
+        add_row(tensors, index, group.reset_grads, refused);
+      }
+    }
+    return py::make_tuple(rows.tuple(), fresh.tuple(), refused.for_torch, refused.scattered);
+  }
+
+  // Adds rows as parallel lists. A list may be None, or hold None, where a stream is absent.
+  // Returns the indices of the rows that were checked but not added: those for torch, and those
+  // to be offered again as dense `copies`.
+  py::tuple add(const py::list& params, const py::object& grads, const py::object& momentums,
+                const py::object& shadows, const Group& group, bool copies) {
+    PyObject* const lists[kStreams] = {params.ptr(), grads.ptr(), momentums.ptr(), shadows.ptr()};
+    Refused refused;
+    const uint16_t index = plan_.add_group(group);
+    for (size_t i = 0; i < params.size(); ++i) {
+      PyObject* tensors[kStreams];
+      for (int s = 0; s < kStreams; ++s) {
+        tensors[s] = lists[s] == Py_None ? Py_None : PyList_GET_ITEM(lists[s], i);
+      }
+      add_row(tensors, index, group.reset_grads, refused, copies);
+    }
+    return py::make_tuple(refused.for_torch, refused.scattered);
+  }
+
+  // The parameters that have a shadow and were not added with it, and their shadows: frozen ones,
+  // those without a gradient this time, those of other optimizers.
+  std::pair<py::list, py::list> untouched(const py::dict& shadows) const {
+    std::pair<py::list, py::list> left;
+    if (shadowed_ == shadows.size()) return left;
+    const std::unordered_set<PyObject*> added(params_.begin(), params_.end());
+    for (const auto& [param, shadow] : shadows) {
+      if (added.count(param.ptr())) continue;
+      left.first.append(param);
+      left.second.append(shadow);
+    }
+    return left;
+  }
+
+  void check() {
+    explain([&] { plan_.check_overlap(); });
+  }
+
+  // The tensors that the step writes in place, for their version counters. Momentum buffers are
+  // the optimizer's own: no graph holds them.
+  py::list written() const { return written_; }
+
+  std::vector<int> devices() const { return plan_.devices(); }
+
+  void run(int device, int threads) {
+    const TensorList& list = plan_.list(device);
+    if (device == kCpu) {
+      py::gil_scoped_release release;
+      cpu::multi_tensor_apply(list, threads);
+      return;
+    }
+#if FUSED_OPT_WITH_CUDA
+    void* stream = reader().current_stream(device);
+    py::gil_scoped_release release;
+    cuda::multi_tensor_apply(list, device, stream);
+#else
+    throw std::logic_error("fused_opt was built without CUDA kernels");
+#endif
+  }
+
+ private:
+  // Indices of rows that the kernels do not take as they are.
+  struct Refused {
+    std::vector<size_t> for_torch, scattered;
+    size_t next = 0;
+  };
+
+  PyObject* momentum_of(PyObject* state, PyObject* param, PyObject* key) {
+    PyObject* const param_state = state_walk_.find(state, param);
+    if (param_state == nullptr) return Py_None;
+    if (!PyDict_Check(param_state)) {
+      throw py::type_error("expected the optimizer's state of a parameter as a dict");
+    }
+    PyObject* const momentum = PyDict_GetItemWithError(param_state, key);
+    if (momentum == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    return momentum == nullptr ? Py_None : momentum;
+  }
+
+  PyObject* shadow_of(PyObject* shadows, PyObject* param) {
+    PyObject* const shadow = shadow_walk_.find(shadows, param);
+    return shadow == nullptr ? Py_None : shadow;
+  }
+
+  void add_row(PyObject* const (&tensors)[kStreams], uint16_t group, bool resets, Refused& refused,
+               bool copies = false) {
+    const size_t index = refused.next++;
+    params_.push_back(tensors[kParam]);
+    TensorView views[kStreams];
+    const TensorView* present[kStreams] = {};
+    auto reach = TensorReader::Reach::kKernels;
+    for (int s = 0; s < kStreams; ++s) {
+      const bool required = s == kParam || (s == kShadow && tensors[kGrad] == Py_None);
+      if (tensors[s] == Py_None && !required) continue;
+      present[s] = &views[s];
+      reach = std::max(reach, read(tensors[s], Stream(s), views[s]));
+    }
+    if (reach == TensorReader::Reach::kTorch || !views[kParam].has_kernels) {
+      plan_.skip_row();
+      refused.for_torch.push_back(index);
+      return;
+    }
+    explain([&] {
+      if (!plan_.add_row(present, group, copies)) refused.scattered.push_back(index);
+    });
+    if (present[kGrad]) written_.append(py::handle(tensors[kParam]));
+    if (present[kGrad] && resets) written_.append(py::handle(tensors[kGrad]));
+    if (present[kShadow]) written_.append(py::handle(tensors[kShadow]));
+    shadowed_ += present[kShadow] != nullptr;
+  }
+
+  TensorReader::Reach read(PyObject* object, Stream stream, TensorView& view) {
+    try {
+      return reader().read(object, seen_, view);
+    } catch (const py::type_error& error) {
+      fail(PyExc_TypeError, params_.size() - 1, stream, error.what());
+    }
+  }
+
+  template <typename Call>
+  void explain(Call call) {
+    try {
+      call();
+    } catch (const RowError& error) {
+      fail(PyExc_ValueError, error.row, error.stream, error.what());
+    }
+  }
+
+  // Raises RowError(type of the exception to raise, parameter, stream, message) in Python.
+  [[noreturn]] void fail(PyObject* type, size_t row, Stream stream, const char* message) {
+    const auto fields =
+        py::make_tuple(py::handle(type), py::handle(params_.at(row)), int(stream), message);
+    PyErr_SetObject(row_error, fields.ptr());
+    throw py::error_already_set();
+  }
+
+  Plan plan_;
+  SeenTensors seen_;
+  DictWalk state_walk_, shadow_walk_;
+  std::vector<PyObject*> params_;  // of every row; Python's lists keep them alive
+  size_t shadowed_ = 0;            // rows with a shadow
+  py::list written_;
+};
+
+Group make_group(double lr, double momentum, double dampening, double weight_decay,
+                 double grad_scale, bool nesterov, bool maximize, bool sutskever, bool reset_grads,
+                 double decay, uintptr_t device_lr) {
+  Group group;
+  group.sgd.lr = lr;
+  group.sgd.momentum = momentum;
+  group.sgd.dampening = dampening;
+  group.sgd.weight_decay = weight_decay;
+  group.sgd.grad_scale = grad_scale;
+  group.sgd.nesterov = nesterov;
+  group.sgd.maximize = maximize;
+  group.sgd.formulation = sutskever ? Formulation::kSutskever : Formulation::kTorch;
+  group.decay = decay;
+  group.reset_grads = reset_grads;
+  group.device_lr = reinterpret_cast<const double*>(device_lr);
+  return group;
+}
+
+std::vector<std::string> split(const std::string& list) {
+  std::vector<std::string> items;
+  std::istringstream stream(list);
+  for (std::string item; std::getline(stream, item, ',');) items.push_back(item);
+  return items;
+}
+
+}  // namespace
+}  // namespace fused_opt
+
+PYBIND11_MODULE(_C, module) {
+  using namespace fused_opt;
+  register_errors(module);
+
+  module.attr("version") = FUSED_OPT_VERSION;
+  module.attr("cuda_version") =
+      FUSED_OPT_WITH_CUDA ? py::object(py::str(FUSED_OPT_CUDA_VERSION)) : py::object(py::none());
+  module.attr("cuda_archs") = split(FUSED_OPT_CUDA_ARCHS);
+  module.attr("ptx_archs") = split(FUSED_OPT_PTX_ARCHS);
+  module.attr("chunk_elements") = cuda::kChunkElements;
+  module.def("cpu_isa", cpu::isa_level);
+  module.def("cpu_isas", cpu::isa_levels);
+  module.def("set_cpu_isa", cpu::set_isa_level);
+
+  py::class_<Group>(module, "Group")
+      .def(py::init(&make_group), py::kw_only(), py::arg("lr") = 0, py::arg("momentum") = 0,
+           py::arg("dampening") = 0, py::arg("weight_decay") = 0, py::arg("grad_scale") = 1,
+           py::arg("nesterov") = false, py::arg("maximize") = false, py::arg("sutskever") = false,
+           py::arg("reset_grads") = false, py::arg("decay") = 0, py::arg("device_lr") = 0);
+
+  py::class_<PyPlan>(module, "Plan")
+      .def(py::init())
+      .def("clear", &PyPlan::clear)
+      .def("add_param_group", &PyPlan::add_param_group)
+      .def("add", &PyPlan::add)
+      .def("untouched", &PyPlan::untouched)
+      .def("check", &PyPlan::check)
+      .def("written", &PyPlan::written)
+      .def("devices", &PyPlan::devices)
+      .def("run", &PyPlan::run);
+}

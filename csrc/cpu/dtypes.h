@@ -1,0 +1,126 @@
+// The element types of a stream on the CPU and their conversion to the type that is computed in.
+// Included only by kernels.cpp, once per ISA level; all of it is local to that unit.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "../rules/host_device.h"
+
+namespace fused_opt::cpu {
+namespace {
+
+// Elements that one vectorised loop handles: a few cache lines of every stream.
+constexpr int kTile = 64;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename E>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+template <typename E>
+using Compute = typename ComputeType<E>::type;
+
+FUSED_OPT_HD uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+FUSED_OPT_HD float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// Half types are converted a tile at a time, in loops of their own: mixed into the loop of a rule
+// g++ vectorises them badly (bf16) or not at all (fp16).
+
+FUSED_OPT_HD void widen_tile(const BFloat16* from, float* to) {
+#pragma omp simd
+  for (int i = 0; i < kTile; ++i) to[i] = float_of(uint32_t(from[i].bits) << 16);
+}
+
+// Rounds to nearest, ties to even; a NaN keeps its sign and becomes quiet.
+FUSED_OPT_HD void narrow_tile(const float* from, BFloat16* to) {
+#pragma omp simd
+  for (int i = 0; i < kTile; ++i) {
+    const uint32_t bits = bits_of(from[i]);
+    const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const uint32_t quiet_nan = bits | 0x400000u;
+    to[i].bits = uint16_t((from[i] != from[i] ? quiet_nan : rounded) >> 16);
+  }
+}
+
+#if defined(__AVX512F__)
+FUSED_OPT_HD void widen_tile(const Float16* from, float* to) {
+  for (int i = 0; i < kTile; i += 16) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    _mm512_storeu_ps(to + i, _mm512_maskz_cvtph_ps(0xffff, halves));
+  }
+}
+FUSED_OPT_HD void narrow_tile(const float* from, Float16* to) {
+  for (int i = 0; i < kTile; i += 16) {
+    const __m256i halves =
+        _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), halves);
+  }
+}
+#elif defined(__F16C__)
+FUSED_OPT_HD void widen_tile(const Float16* from, float* to) {
+  for (int i = 0; i < kTile; i += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
+  }
+}
+FUSED_OPT_HD void narrow_tile(const float* from, Float16* to) {
+  for (int i = 0; i < kTile; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+  }
+}
+#else
+// In software. Multiplying by 2^112 moves the exponent from bias 15 to bias 127, and normalises
+// subnormals on the way.
+FUSED_OPT_HD void widen_tile(const Float16* from, float* to) {
+#pragma omp simd
+  for (int i = 0; i < kTile; ++i) {
+    const uint32_t sign = uint32_t(from[i].bits & 0x8000u) << 16;
+    const uint32_t magnitude = uint32_t(from[i].bits & 0x7fffu) << 13;
+    const uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);
+    const uint32_t special = magnitude | 0x7f800000u;  // inf and NaN
+    to[i] = float_of(sign | (magnitude >= 0x0f800000u ? special : finite));
+  }
+}
+FUSED_OPT_HD void narrow_tile(const float* from, Float16* to) {
+#pragma omp simd
+  for (int i = 0; i < kTile; ++i) {
+    const uint32_t bits = bits_of(from[i]);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    // Below 2^-14 the result is subnormal: adding 0.5 leaves it, rounded, in the low bits.
+    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+    to[i].bits = uint16_t(sign | (magnitude >= 0x47800000u ? special : finite));
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace fused_opt::cpu

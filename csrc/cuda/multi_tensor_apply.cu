@@ -1,0 +1,171 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <utility>
+
+#include "multi_tensor_apply.h"
+#include "step_kernel.cuh"
+
+namespace fused_opt::cuda {
+namespace {
+
+void check(cudaError_t status, const char* doing) {
+  if (status == cudaSuccess) return;
+  throw CudaError(status, std::string(cudaGetErrorName(status)) + " while " + doing + ": " +
+                              cudaGetErrorString(status));
+}
+
+// Loads a kernel on the current device before its first launch: CUDA loads lazily, and loading
+// inside a capture would break it unless the capture mode is relaxed.
+void preload(const void* kernel, int device) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> loaded;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (loaded.count({kernel, device})) return;
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "relaxing the capture mode");
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "restoring the capture mode");
+  check(status, "loading the kernel");
+  loaded.insert({kernel, device});
+}
+
+int64_t chunks_of(const TensorRow& row) {
+  return (row.numel + kChunkElements - 1) / kChunkElements;
+}
+
+template <typename T>
+DeviceGroup<T> device_group(const Group& group) {
+  return {rules::SgdRule<T>(group.sgd), rules::EmaRule<T>(group.decay), group.device_lr,
+          group.reset_grads};
+}
+
+// Launches rows in tables of one size, as many rows in each as fit.
+template <typename P, typename G, typename S, typename Table>
+class Launcher {
+ public:
+  Launcher(const TensorList& list, int device, cudaStream_t stream)
+      : list_(list), device_(device), stream_(stream), table_(new Table) {}
+
+  void add(const TensorRow& row) {
+    const int64_t chunks = chunks_of(row);
+    if (rows_ == Table::kRows || chunks_ + chunks > kMaxBlocks) flush();
+    const int slot = slot_of(row.group);
+    for (int s = 0; s < kStreams; ++s) table_->data[s][rows_] = row.data[s];
+    table_->numel[rows_] = row.numel;
+    table_->first_chunk[rows_] = uint32_t(chunks_);
+    table_->group[rows_] = uint8_t(slot);
+    chunks_ += chunks;
+    ++rows_;
+  }
+
+  void flush() {
+    if (rows_ == 0) return;
+    table_->rows = rows_;
+    const auto kernel = reinterpret_cast<const void*>(step_kernel<P, G, S, Table>);
+    preload(kernel, device_);
+    void* arguments[] = {table_.get()};
+    check(cudaLaunchKernel(kernel, dim3(unsigned(chunks_)), dim3(kThreads), arguments, 0, stream_),
+          "launching the step");
+    rows_ = groups_ = 0;
+    chunks_ = 0;
+    last_group_ = -1;
+  }
+
+ private:
+  static constexpr int64_t kMaxBlocks = 0x7fffffff;
+
+  // The rows of a group follow each other, so only the last slot can be the right one.
+  int slot_of(int group) {
+    if (group == last_group_) return groups_ - 1;
+    if (groups_ == Table::kGroups) flush();
+    table_->groups[groups_] = device_group<Compute<P>>(list_.groups[group]);
+    last_group_ = group;
+    return groups_++;
+  }
+
+  const TensorList& list_;
+  const int device_;
+  const cudaStream_t stream_;
+  const std::unique_ptr<Table> table_;
+  int rows_ = 0, groups_ = 0, last_group_ = -1;
+  int64_t chunks_ = 0;
+};
+
+using Rows = std::vector<const TensorRow*>;
+
+template <typename P, typename G, typename S>
+void launch(const TensorList& list, const Rows& rows, int device, cudaStream_t stream) {
+  using Small = SmallTable<Compute<P>>;
+  const auto run = [&](auto launcher) {
+    for (const TensorRow* row : rows) launcher.add(*row);
+    launcher.flush();
+  };
+  int groups = 1;
+  for (size_t r = 1; r < rows.size(); ++r) groups += rows[r]->group != rows[r - 1]->group;
+  if (rows.size() <= Small::kRows && groups <= Small::kGroups) {
+    run(Launcher<P, G, S, Small>(list, device, stream));
+  } else {
+    run(Launcher<P, G, S, LargeTable<Compute<P>>>(list, device, stream));
+  }
+}
+
+// Calls body with a value of the element type that a dtype stands for.
+template <typename Body>
+void with_type(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kFloat64:
+      return body(double{});
+    case DType::kBFloat16:
+      return body(__nv_bfloat16{});
+    case DType::kFloat16:
+      return body(__half{});
+  }
+}
+
+// The same table as dtype_fits in plan.cpp, which has refused all other rows.
+template <typename P, typename G, typename S>
+constexpr bool kHasKernel = std::is_same_v<P, double> == std::is_same_v<G, double> &&
+                            (std::is_same_v<S, P> || std::is_same_v<S, float>);
+
+bool same_dtypes(const TensorRow& a, const TensorRow& b) {
+  return std::equal(a.dtype, a.dtype + kStreams, b.dtype);
+}
+
+}  // namespace
+
+void multi_tensor_apply(const TensorList& list, int device, void* stream) {
+  int current = -1;
+  check(cudaGetDevice(&current), "asking for the current device");
+  if (current != device) {
+    throw std::logic_error("the tensors are on cuda:" + std::to_string(device) +
+                           ", but the current device is cuda:" + std::to_string(current));
+  }
+  std::vector<const TensorRow*> left;
+  for (const TensorRow& row : list.rows) left.push_back(&row);
+  while (!left.empty()) {
+    const TensorRow& first = *left.front();
+    const auto rest = std::stable_partition(
+        left.begin(), left.end(), [&](const TensorRow* row) { return same_dtypes(*row, first); });
+    const Rows rows(left.begin(), rest);
+    with_type(first.dtype[kParam], [&](auto p) {
+      with_type(first.dtype[kGrad], [&](auto g) {
+        with_type(first.dtype[kShadow], [&](auto s) {
+          if constexpr (kHasKernel<decltype(p), decltype(g), decltype(s)>) {
+            launch<decltype(p), decltype(g), decltype(s)>(list, rows, device,
+                                                          static_cast<cudaStream_t>(stream));
+          }
+        });
+      });
+    });
+    left.erase(left.begin(), rest);
+  }
+}
+
+}  // namespace fused_opt::cuda

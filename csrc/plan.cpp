@@ -1,0 +1,146 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <string>
+
+namespace fused_opt {
+namespace {
+
+constexpr Stream kBesideParam[] = {kGrad, kMomentum, kShadow};
+
+std::string name_of(Stream stream) {
+  constexpr const char* kNames[kStreams] = {"parameter", "gradient", "momentum buffer", "shadow"};
+  return kNames[stream];
+}
+
+std::string dtype_of(const TensorView& view) {
+  if (!view.has_kernels) return view.dtype_kind + std::to_string(8 * view.item_bytes);
+  constexpr const char* kNames[kDTypes] = {"float32", "float64", "bfloat16", "float16"};
+  return kNames[int(view.dtype)];
+}
+
+std::string device_of(const TensorView& view) {
+  return view.device == kCpu ? "cpu" : "cuda:" + std::to_string(view.device);
+}
+
+std::string shape_of(const TensorView& view) {
+  std::string text = "(";
+  for (int d = 0; d < view.ndim; ++d) text += (d ? ", " : "") + std::to_string(view.shape[d]);
+  return text + (view.ndim == 1 ? ",)" : ")");
+}
+
+bool same_shape(const TensorView& a, const TensorView& b) {
+  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
+
+// The dtype table, which README.md shows: what may stand beside a parameter.
+bool dtype_fits(DType param, DType other, Stream stream) {
+  switch (stream) {
+    case kGrad:
+      return (param == DType::kFloat64) == (other == DType::kFloat64);
+    case kShadow:
+      return other == param || other == DType::kFloat32;
+    default:
+      return other == param;
+  }
+}
+
+// Where a stream is absent, the dtype it would most likely have: rows with and without it then
+// share a launch.
+DType usual_dtype(DType param, Stream stream) {
+  const bool half = param == DType::kBFloat16 || param == DType::kFloat16;
+  return stream == kShadow && half ? DType::kFloat32 : param;
+}
+
+void check_fit(const TensorView& param, const TensorView& other, uint32_t row, Stream stream) {
+  const auto expect = [&](const std::string& what, const std::string& of_param,
+                          const std::string& of_other) {
+    throw RowError(row, stream,
+                   "expected " + what + " " + of_param + " like the parameter, got " + of_other);
+  };
+  if (other.device != param.device) expect("device", device_of(param), device_of(other));
+  if (!same_shape(param, other)) expect("shape", shape_of(param), shape_of(other));
+  if (!other.has_kernels || !dtype_fits(param.dtype, other.dtype, stream)) {
+    throw RowError(row, stream,
+                   "there is no kernel for a " + dtype_of(other) + " " + name_of(stream) +
+                       " beside a " + dtype_of(param) + " parameter");
+  }
+}
+
+}  // namespace
+
+void Plan::clear() {
+  for (DeviceList& entry : lists_) entry.list.rows.clear();
+  groups_.clear();
+  overlap_.clear();
+  rows_ = 0;
+}
+
+uint16_t Plan::add_group(const Group& group) {
+  if (groups_.size() > UINT16_MAX)
+    throw std::length_error("a step takes at most 65536 param groups");
+  groups_.push_back(group);
+  return uint16_t(groups_.size() - 1);
+}
+
+bool Plan::add_row(const TensorView* const (&views)[kStreams], uint16_t group, bool copies) {
+  const uint32_t index = rows_++;
+  const TensorView& param = *views[kParam];
+  for (Stream stream : kBesideParam) {
+    if (views[stream] != nullptr) check_fit(param, *views[stream], index, stream);
+  }
+
+  TensorRow row;
+  row.numel = param.numel;
+  row.group = group;
+  // Without a gradient the parameter is only read: the row updates its shadow.
+  const auto writes = [&](Stream stream) {
+    if (stream == kParam) return views[kGrad] != nullptr;
+    return stream != kGrad || groups_[group].reset_grads;
+  };
+  const bool param_dense = is_dense(param);
+  bool common_order = param_dense;
+  for (int s = 0; s < kStreams; ++s) {
+    const Stream stream = Stream(s);
+    if (views[s] == nullptr) {
+      row.dtype[s] = usual_dtype(param.dtype, stream);
+      continue;
+    }
+    const TensorView& view = *views[s];
+    row.data[s] = view.data;
+    row.dtype[s] = view.dtype;
+    const bool in_order = same_order(param, view);
+    if (!copies) {
+      const bool dense = in_order ? param_dense : is_dense(view);
+      overlap_.add(view, index, stream, dense, writes(stream));
+    }
+    common_order = common_order && in_order;
+  }
+  if (param.numel == 0) return true;
+  if (common_order) list_for(param.device).rows.push_back(row);
+  return common_order;
+}
+
+TensorList& Plan::list_for(int device) {
+  for (DeviceList& entry : lists_) {
+    if (entry.device == device) return entry.list;
+  }
+  lists_.push_back({device, {}});
+  return lists_.back().list;
+}
+
+std::vector<int> Plan::devices() const {
+  std::vector<int> devices;
+  for (const DeviceList& entry : lists_) {
+    if (!entry.list.rows.empty()) devices.push_back(entry.device);
+  }
+  return devices;
+}
+
+const TensorList& Plan::list(int device) {
+  TensorList& list = list_for(device);
+  list.groups = groups_;
+  return list;
+}
+
+}  // namespace fused_opt

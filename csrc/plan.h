@@ -1,0 +1,50 @@
+// Checks the tensors of a step and turns them into the rows that a backend runs. No Python here.
+#pragma once
+
+#include <vector>
+
+#include "overlap.h"
+#include "tensor_list.h"
+#include "tensor_view.h"
+
+namespace fused_opt {
+
+class Plan {
+ public:
+  // Starts a new step.
+  void clear();
+
+  // Returns the index by which rows name the group.
+  uint16_t add_group(const Group& group);
+
+  // Adds a parameter with what is updated beside it; absent streams are null pointers. Returns
+  // false, and adds nothing to run, if the streams do not share one dense order of elements: the
+  // caller then offers copies that do, whose memory is new and need not be checked. Throws
+  // RowError if they do not fit together.
+  bool add_row(const TensorView* const (&views)[kStreams], uint16_t group, bool copies = false);
+
+  // Counts a row that is run elsewhere, so that the rows of errors stay those of the caller.
+  void skip_row() { ++rows_; }
+
+  // Throws RowError if tensors share memory that the step writes.
+  void check_overlap() { overlap_.check(); }
+
+  // The devices that have rows, and their rows.
+  std::vector<int> devices() const;
+  const TensorList& list(int device);
+
+ private:
+  struct DeviceList {
+    int device;
+    TensorList list;
+  };
+
+  TensorList& list_for(int device);
+
+  std::vector<DeviceList> lists_;
+  std::vector<Group> groups_;
+  OverlapCheck overlap_;
+  uint32_t rows_ = 0;
+};
+
+}  // namespace fused_opt

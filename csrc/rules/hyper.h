@@ -1,0 +1,19 @@
+// The hyper-parameters of a step as Python gives them, in fp64. Plain data.
+#pragma once
+
+namespace fused_opt {
+
+enum class Formulation { kTorch, kSutskever };
+
+struct SgdHyper {
+  double lr = 0;
+  double momentum = 0;
+  double dampening = 0;
+  double weight_decay = 0;
+  double grad_scale = 1;  // the gradients are this many times too large
+  bool nesterov = false;
+  bool maximize = false;
+  Formulation formulation = Formulation::kTorch;
+};
+
+}  // namespace fused_opt

@@ -1,0 +1,56 @@
+// What a backend receives: pointers, sizes, dtypes and hyper-parameters. Plain data, no Python, no
+// torch. plan.cpp fills it; cpu/ and cuda/ run it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "rules/hyper.h"
+
+namespace fused_opt {
+
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+inline constexpr int kDTypes = 4;
+
+// The memory streams that one pass walks side by side.
+enum Stream { kParam, kGrad, kMomentum, kShadow };
+inline constexpr int kStreams = 4;
+
+// One parameter with everything that is updated beside it, element for element in memory order.
+// An absent stream is null: no gradient means that only the shadow is updated, no momentum means
+// plain SGD, no shadow means no average.
+struct TensorRow {
+  void* data[kStreams] = {};
+  int64_t numel = 0;
+  DType dtype[kStreams] = {};
+  uint16_t group = 0;  // index into TensorList::groups
+};
+
+// What all rows of a param group share.
+struct Group {
+  SgdHyper sgd;
+  double decay = 0;                   // of the shadow
+  bool reset_grads = false;           // fill the gradients with 0 after reading them
+  const double* device_lr = nullptr;  // CUDA: read the learning rate from here instead of sgd.lr
+};
+
+struct TensorList {
+  std::vector<TensorRow> rows;
+  std::vector<Group> groups;
+};
+
+// Bytes of an element. Inlined always, so that no ISA level exports a copy.
+inline __attribute__((always_inline)) int element_size(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+      return 2;
+  }
+  return 0;
+}
+
+}  // namespace fused_opt

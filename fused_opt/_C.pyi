@@ -1,0 +1,63 @@
+"""The native module; ``csrc/binding.cpp`` says what its parts do."""
+
+from typing import Any
+
+from torch import Tensor
+
+version: str
+cuda_version: str | None
+cuda_archs: list[str]
+ptx_archs: list[str]
+chunk_elements: int
+
+def cpu_isa() -> str: ...
+def cpu_isas() -> list[str]: ...
+def set_cpu_isa(name: str) -> None: ...
+
+class RowError(Exception): ...
+class CudaError(Exception): ...
+
+class Group:
+    def __init__(
+        self,
+        *,
+        lr: float = 0,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        grad_scale: float = 1,
+        nesterov: bool = False,
+        maximize: bool = False,
+        sutskever: bool = False,
+        reset_grads: bool = False,
+        decay: float = 0,
+        device_lr: int = 0,
+    ) -> None: ...
+
+_Stream = list[Tensor | None] | None
+_Rows = tuple[list[Tensor], _Stream, _Stream, _Stream]
+
+class Plan:
+    def clear(self) -> None: ...
+    def add_param_group(
+        self,
+        params: list[Tensor],
+        state: dict[Tensor, Any],
+        key: str | None,
+        shadows: dict[Tensor, Tensor] | None,
+        group: Group,
+    ) -> tuple[_Rows, _Rows, list[int], list[int]]: ...
+    def add(
+        self,
+        params: list[Tensor],
+        grads: _Stream,
+        momentums: _Stream,
+        shadows: _Stream,
+        group: Group,
+        copies: bool,
+    ) -> tuple[list[int], list[int]]: ...
+    def untouched(self, shadows: dict[Tensor, Tensor]) -> tuple[list[Tensor], list[Tensor]]: ...
+    def check(self) -> None: ...
+    def written(self) -> list[Tensor]: ...
+    def devices(self) -> list[int]: ...
+    def run(self, device: int, threads: int) -> None: ...

@@ -1,0 +1,88 @@
+"""The same step from plain torch operations, for tensors that the kernels do not reach.
+
+Runs for sparse and complex tensors, for tensor subclasses, and for ``differentiable=True``, where
+autograd has to see every operation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.sgd import sgd as torch_sgd
+
+from fused_opt._hyper import SgdHyper, as_scalar
+
+
+def sgd_formula(
+    param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, hyper: SgdHyper
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the new parameter and the new momentum, as new tensors.
+
+    The equations of ``csrc/rules/sgd.h`` with every hyper-parameter open to autograd. The first
+    momentum, when ``momentum_buffer`` is None, is the gradient itself, attached to its graph.
+    """
+    lr, momentum, dampening, weight_decay = (
+        as_scalar(getattr(hyper, name), name)
+        for name in ("lr", "momentum", "dampening", "weight_decay")
+    )
+    descent = unscaled(grad, hyper)
+    descent = -descent if hyper.maximize else descent
+    # Whether to decay is asked of the number, never of a tensor: a zero may need its gradient.
+    if isinstance(weight_decay, Tensor) or weight_decay != 0:
+        descent = descent + weight_decay * param
+    if hyper.state_key is None:
+        return param - lr * descent, None
+
+    gain = -lr if hyper.formulation == "sutskever" else 1
+    if momentum_buffer is None:
+        new_buffer = gain * descent
+    else:
+        new_buffer = momentum * momentum_buffer + gain * (1 - dampening) * descent
+    update = gain * descent + momentum * new_buffer if hyper.nesterov else new_buffer
+    if hyper.formulation == "sutskever":
+        return param + update, new_buffer
+    return param - lr * update, new_buffer
+
+
+def unscaled(grad: Tensor, hyper: SgdHyper) -> Tensor:
+    """The gradient of the loss itself; it is not written."""
+    return grad if hyper.grad_scale == 1 else grad * (1 / hyper.grad_scale)
+
+
+def sgd_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    hyper: SgdHyper,
+) -> None:
+    """Updates the lists in place, as ``torch.optim.SGD`` does where nothing is fused.
+
+    ``momentum_buffers`` may hold None, which is replaced; it is ignored without momentum.
+    """
+    if hyper.formulation == "torch":
+        options: dict[str, Any] = {
+            name: getattr(hyper, name)
+            for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        }
+        own_grads = [unscaled(grad, hyper) for grad in grads]
+        torch_sgd(params, own_grads, momentum_buffers, foreach=False, fused=False, **options)
+    else:
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            buffer = momentum_buffers[i] if hyper.state_key else None
+            new_param, new_buffer = sgd_formula(param, grad, buffer, hyper)
+            param.copy_(new_param)
+            if buffer is not None and new_buffer is not None:
+                buffer.copy_(new_buffer)
+            elif hyper.state_key:
+                momentum_buffers[i] = new_buffer
+    if hyper.reset_grads:
+        for grad in grads:
+            grad.zero_()
+
+
+def ema_update_(shadows: list[Tensor | None], params: list[Tensor], decay: float) -> None:
+    """Updates the shadows in place, in their own dtype."""
+    for shadow, param in zip(shadows, params, strict=True):
+        if shadow is not None:
+            shadow.lerp_(param.detach().to(shadow.dtype), 1 - decay)

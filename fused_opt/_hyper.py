@@ -1,0 +1,72 @@
+"""The hyper-parameters of momentum SGD, checked once for every way to call it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+Formulation = Literal["torch", "sutskever"]
+FORMULATIONS: tuple[str, ...] = get_args(Formulation)
+
+#: Where an optimizer's state keeps the momentum. The two hold different quantities, v and -lr v,
+#: and so have different names: neither can be taken for the other.
+STATE_KEY = {"torch": "momentum_buffer", "sutskever": "velocity"}
+
+
+def check_formulation(formulation: Any) -> None:
+    """Raises ValueError unless it is one of :data:`FORMULATIONS`."""
+    if formulation not in FORMULATIONS:
+        raise ValueError(f"Invalid formulation: {formulation!r}, expected one of {FORMULATIONS}")
+
+
+def check_decay(decay: Any) -> None:
+    """Raises ValueError unless it is a number in [0, 1]."""
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0.0 <= decay <= 1.0:
+        raise ValueError(f"Invalid decay: {decay!r}, expected a number in [0, 1]")
+
+
+def as_scalar(value: float | Tensor, name: str) -> float | Tensor:
+    """A hyper-parameter that broadcasts over parameters of any shape, also of none."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+    return value.reshape(())
+
+
+@dataclass(frozen=True)
+class SgdHyper:
+    """What one param group is stepped with. Numbers may be one-element tensors."""
+
+    lr: float | Tensor
+    momentum: float | Tensor = 0.0
+    dampening: float | Tensor = 0.0
+    weight_decay: float | Tensor = 0.0
+    grad_scale: float = 1.0
+    nesterov: bool = False
+    maximize: bool = False
+    formulation: str = "torch"
+    reset_grads: bool = False
+
+    @classmethod
+    def of_group(cls, group: dict[str, Any], grad_scale: float = 1.0) -> SgdHyper:
+        """Reads an entry of ``param_groups``, which users change between steps."""
+        check_formulation(group["formulation"])
+        return cls(
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            grad_scale=grad_scale,
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            formulation=group["formulation"],
+            reset_grads=group["reset_grads"],
+        )
+
+    @property
+    def state_key(self) -> str | None:
+        """Where the state keeps the momentum; None if there is none."""
+        return STATE_KEY[self.formulation] if self.momentum != 0 else None

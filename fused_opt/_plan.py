@@ -1,0 +1,325 @@
+"""The one door to the native code: what a step updates is added, checked, and then run.
+
+A plan is used in this order, once per step: ``clear``, the ``add`` functions, ``run``. Nothing is
+changed before ``run`` has found no fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fused_opt import _composite
+from fused_opt._hyper import SgdHyper, as_scalar
+from fused_opt._native import native
+
+_STREAMS = ("params", "grads", "momentum_buffers", "shadows")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_CPU = -1  # as a device index
+
+
+class Rows(NamedTuple):
+    """Parallel lists. None stands for a stream no row has, and inside one for a row without it."""
+
+    params: list[Tensor]
+    grads: list[Tensor] | None
+    momentum_buffers: list[Tensor | None] | None
+    shadows: list[Tensor | None] | None
+
+    def take(self, indices: list[int]) -> Rows:
+        def chosen(stream: list[Any] | None) -> list[Any] | None:
+            return None if stream is None else [stream[i] for i in indices]
+
+        return Rows(
+            [self.params[i] for i in indices],
+            chosen(self.grads),
+            chosen(self.momentum_buffers),
+            chosen(self.shadows),
+        )
+
+
+class Plan:
+    """The tensors of one step, from optimizer state or lists to one launch per device."""
+
+    def __init__(self) -> None:
+        self._module = native()
+        self._native = self._module.Plan()
+        self.clear(lambda stream, _: stream)
+
+    def clear(self, subject: Callable[[str, Tensor], str]) -> None:
+        """Starts a new step.
+
+        Args:
+            subject: names a tensor at fault in an error, from its stream and its row's parameter.
+        """
+        self._subject = subject
+        self._native.clear()
+        self._held: list[Rows] = []  # alive while the step runs without the interpreter's lock
+        # Tensors, their dense copies that are updated, and whether to copy them back.
+        self._copies: list[tuple[Tensor, Tensor, bool]] = []
+        self._scalars: list[Tensor] = []  # on the device, alive until the launch
+        self._for_torch: list[Callable[[], None]] = []
+
+    def add_param_group(
+        self,
+        params: list[Tensor],
+        state: dict[Tensor, Any],
+        shadows: dict[Tensor, Tensor] | None,
+        hyper: SgdHyper,
+        decay: float,
+    ) -> Rows:
+        """Adds the parameters of a group that have a gradient, and their shadows.
+
+        Returns:
+            Those that were not added, because ``state`` does not hold their momentum yet.
+        """
+        group = self._group(params, hyper, decay)
+        rows, fresh, for_torch, scattered = self._checked(
+            self._native.add_param_group, params, state, hyper.state_key, shadows, group
+        )
+        self._held.append(Rows(*rows))
+        self._add_refused(Rows(*rows), for_torch, scattered, group, hyper, decay, first=False)
+        return Rows(*fresh)
+
+    def add_sgd(self, rows: Rows, hyper: SgdHyper, decay: float) -> None:
+        """Adds momentum SGD on rows that have all their momentum, and the EMA of their shadows."""
+        self._add(rows, hyper, decay, first=False)
+
+    def add_first_sgd(self, rows: Rows, hyper: SgdHyper, decay: float) -> None:
+        """Adds the first step of rows, which is not dampened.
+
+        ``rows.momentum_buffers`` holds None everywhere; after ``run``, the new momentum.
+        """
+        if rows.momentum_buffers is not None:
+            # With -0.0, momentum * buffer + g is g to the last bit, also where g is -0.0.
+            rows.momentum_buffers[:] = [
+                torch.full_like(param, -0.0, requires_grad=False)
+                if isinstance(param, Tensor)
+                else None  # refused below
+                for param in rows.params
+            ]
+        self._add(rows, replace(hyper, dampening=0.0), decay, first=True)
+
+    def add_ema(self, params: list[Tensor], shadows: list[Tensor], decay: float) -> None:
+        """Adds the EMA of parameters that this step does not change."""
+        self._add(Rows(params, None, None, list(shadows)), None, decay, first=False)
+
+    def add_remaining_ema(self, shadows: dict[Tensor, Tensor], decay: float) -> None:
+        """Adds the EMA of all parameters that were not added with their shadow."""
+        params, left = self._native.untouched(shadows)
+        self.add_ema(params, left, decay)
+
+    def run(self) -> None:
+        """Checks what can only be checked on the whole, then updates everything.
+
+        Raises:
+            ValueError: tensors share memory.
+            RuntimeError: CUDA tensors, and the module has no code for their device.
+        """
+        self._checked(self._native.check)
+        devices: list[int] = self._native.devices()
+        if self._module.cuda_version is None and any(device != _CPU for device in devices):
+            raise RuntimeError(
+                "the parameters are on CUDA, and fused_opt was built without CUDA kernels. "
+                "Rebuild it where nvcc 12.1 or newer is found: FUSED_OPT_CUDA=1 pip install ."
+            )
+        increment_version(self._native.written())
+        for step in self._for_torch:
+            step()
+        for tensor, copy, _ in self._copies:
+            copy.copy_(tensor)
+        threads = torch.get_num_threads()
+        for device in devices:
+            if device == _CPU:
+                self._native.run(device, threads)
+            else:
+                self._run_cuda(device)
+        for tensor, copy, written in self._copies:
+            if written:
+                tensor.copy_(copy)
+
+    def _run_cuda(self, device: int) -> None:
+        try:
+            with torch.cuda.device(device):
+                self._native.run(device, 1)
+        except self._module.CudaError as error:
+            code, message = error.args
+            raise RuntimeError(f"{message}. {cuda_advice(code)}") from None
+
+    def _add(self, rows: Rows, hyper: SgdHyper | None, decay: float, first: bool) -> None:
+        if not rows.params:
+            return
+        self._held.append(rows)
+        group = self._group(rows.params, hyper, decay)
+        for_torch, scattered = self._checked(self._native.add, *rows, group, False)
+        self._add_refused(rows, for_torch, scattered, group, hyper, decay, first)
+
+    def _add_refused(
+        self,
+        rows: Rows,
+        for_torch: list[int],
+        scattered: list[int],
+        group: Any,
+        hyper: SgdHyper | None,
+        decay: float,
+        first: bool,
+    ) -> None:
+        """Adds rows that the kernels do not take as they are: as copies, or to be run by torch."""
+        if scattered:
+            copies = self._dense_copies(rows.take(scattered), hyper)
+            self._held.append(copies)
+            self._checked(self._native.add, *copies, group, True)
+        if for_torch:
+            self._add_for_torch(rows, for_torch, hyper, decay, first)
+
+    def _group(self, params: list[Tensor], hyper: SgdHyper | None, decay: float) -> Any:
+        if hyper is None:
+            return self._module.Group(decay=decay)
+        lr, device_lr = self._learning_rate(hyper.lr, params)
+        return self._module.Group(
+            lr=lr,
+            momentum=float(hyper.momentum),
+            dampening=float(hyper.dampening),
+            weight_decay=float(hyper.weight_decay),
+            grad_scale=hyper.grad_scale,
+            nesterov=hyper.nesterov,
+            maximize=hyper.maximize,
+            sutskever=hyper.formulation == "sutskever",
+            reset_grads=hyper.reset_grads,
+            decay=decay,
+            device_lr=device_lr,
+        )
+
+    def _learning_rate(self, lr: float | Tensor, params: list[Tensor]) -> tuple[float, int]:
+        """The number, or the address of an fp64 scalar: on the parameters' GPU it is not read."""
+        lr = as_scalar(lr, "lr")
+        if isinstance(lr, Tensor) and lr.is_cuda and all(p.device == lr.device for p in params):
+            scalar = lr.detach().to(torch.float64)
+            self._scalars.append(scalar)
+            return 0.0, scalar.data_ptr()
+        return float(lr), 0
+
+    def _dense_copies(self, rows: Rows, hyper: SgdHyper | None) -> Rows:
+        """Replaces tensors so that each row has one dense order: its parameter's, if that is dense.
+
+        ``run`` fills them, and copies back what the step writes.
+        """
+
+        def dense(stream: list[Any] | None, written: bool) -> list[Any] | None:
+            if stream is None:
+                return None
+            replaced: list[Any] = []
+            for tensor, param in zip(stream, rows.params, strict=True):
+                order = torch.empty_like(param, requires_grad=False)
+                if isinstance(tensor, Tensor) and tensor.stride() != order.stride():
+                    copy = torch.empty_like(order, dtype=tensor.dtype)
+                    self._copies.append((tensor, copy, written))
+                    replaced.append(copy)
+                else:
+                    replaced.append(tensor)
+            return replaced
+
+        steps = hyper is not None
+        return Rows(
+            dense(rows.params, written=steps) or [],
+            dense(rows.grads, written=hyper is not None and hyper.reset_grads),
+            dense(rows.momentum_buffers, written=steps),
+            dense(rows.shadows, written=True),
+        )
+
+    def _add_for_torch(
+        self, all_rows: Rows, indices: list[int], hyper: SgdHyper | None, decay: float, first: bool
+    ) -> None:
+        rows = all_rows.take(indices)
+        for k in range(len(indices)):
+            self._check_for_torch(rows.take([k]), hyper)
+        if hyper is None:
+            self._for_torch.append(
+                lambda: _composite.ema_update_(rows.shadows or [], rows.params, decay)
+            )
+            return
+
+        def step() -> None:
+            momentums = [] if rows.momentum_buffers is None else rows.momentum_buffers
+            if first:
+                momentums[:] = [None] * len(momentums)  # a sparse gradient has a sparse one
+            _composite.sgd_step_(rows.params, rows.grads or [], momentums, hyper)
+            if all_rows.momentum_buffers is not None:
+                for index, momentum in zip(indices, momentums, strict=True):
+                    all_rows.momentum_buffers[index] = momentum
+
+        self._for_torch.append(step)
+        # These steps run before the kernels, which may well reach the shadows.
+        tracked = [k for k, shadow in enumerate(rows.shadows or ()) if shadow is not None]
+        averages = rows.take(tracked)
+        self._add(Rows(averages.params, None, None, averages.shadows), None, decay, first=False)
+
+    def _check_for_torch(self, row: Rows, hyper: SgdHyper | None) -> None:
+        """Raises now what torch would raise only after other tensors have changed."""
+        param = row.params[0]
+        if not (param.is_complex() or param.dtype in _DTYPES):
+            raise ValueError(
+                f"{self._subject('params', param)}: expected a complex dtype or one of "
+                f"{', '.join(map(str, _DTYPES))}, got {param.dtype}"
+            )
+        for name, stream in zip(_STREAMS[1:], row[1:], strict=True):
+            tensor = None if stream is None else stream[0]
+            if tensor is None:
+                continue
+            for what in ("device", "shape"):
+                expected, found = getattr(param, what), getattr(tensor, what)
+                if expected != found:
+                    raise ValueError(
+                        f"{self._subject(name, param)}: expected {what} {expected} like the "
+                        f"parameter, got {found}"
+                    )
+        sparse = row.grads is not None and row.grads[0].is_sparse
+        if sparse and hyper is not None and hyper.weight_decay != 0:
+            raise RuntimeError(
+                f"{self._subject('grads', param)}: expected weight_decay 0 with a sparse "
+                f"gradient, got {hyper.weight_decay}"
+            )
+
+    def _checked(self, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(*args)
+        except self._module.RowError as error:
+            kind, param, stream, message = error.args
+            subject = self._subject(_STREAMS[stream], param)
+        raise kind(f"{subject}: {message}")
+
+
+def cuda_advice(code: int) -> str:
+    """What to do about a ``cudaError_t``."""
+    if code == _NO_KERNEL_IMAGE:
+        archs = ", ".join(native().cuda_archs) or "none"
+        arch = "<the GPU's compute capability without the dot>"
+        if torch.cuda.is_available():
+            arch = "{}{}".format(*torch.cuda.get_device_capability())
+        return (
+            f"fused_opt was built for the architectures {archs} and has no code for this GPU "
+            f"({arch}). Rebuild it: FUSED_OPT_CUDA_ARCHS={arch} pip install --force-reinstall ."
+        )
+    return _CUDA_ADVICE.get(code, "See the CUDA runtime's documentation of this error.")
+
+
+_NO_KERNEL_IMAGE = 209
+_CUDA_ADVICE = {
+    3: (
+        "The process was forked after CUDA had been used, which CUDA does not survive. Start "
+        "workers with multiprocessing's 'spawn' or 'forkserver' method."
+    ),
+    35: (
+        "The NVIDIA driver is older than the CUDA runtime in this build. Update the driver, or "
+        "rebuild fused_opt with an older nvcc (12.1 at the least) named by FUSED_OPT_NVCC."
+    ),
+    100: (
+        "No GPU is visible. Check nvidia-smi and CUDA_VISIBLE_DEVICES, and in a container that it "
+        "was started with its GPUs."
+    ),
+}

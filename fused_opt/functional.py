@@ -1,0 +1,197 @@
+"""Momentum SGD and EMA on lists of tensors, in place, with no optimizer object.
+
+These are the kernels of :class:`fused_opt.SGD` and :class:`fused_opt.EMA` behind plain functions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_opt._hyper import SgdHyper, check_decay, check_formulation
+from fused_opt._plan import Plan, Rows
+
+
+class _Local(threading.local):
+    """A plan for each thread: it remembers what it has checked from one call to the next."""
+
+    plan: Plan | None = None
+
+
+_local = _Local()
+
+
+@contextmanager
+def _new_plan(params: Sequence[Tensor]) -> Iterator[Plan]:
+    """The thread's plan, cleared before and after: it must not keep the caller's tensors."""
+
+    def subject(stream: str, param: Tensor) -> str:
+        return next(f"{stream}[{i}]" for i, other in enumerate(params) if other is param)
+
+    plan = _local.plan = _local.plan or Plan()
+    plan.clear(subject)
+    try:
+        yield plan
+    finally:
+        plan.clear(subject)
+
+
+@torch.no_grad()
+def sgd_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: list[Tensor | None] | None,
+    *,
+    lr: float | Tensor,
+    momentum: float = 0,
+    dampening: float = 0,
+    weight_decay: float = 0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    formulation: str = "torch",
+    reset_grads: bool = False,
+    shadows: Sequence[Tensor | None] | None = None,
+    decay: float | None = None,
+) -> None:
+    r"""One step of momentum SGD on every parameter, and of its EMA, in one pass over memory.
+
+    .. math::
+        d &= \pm g + \lambda p \\
+        v &\leftarrow \mu v + (1 - \tau) d \\
+        p &\leftarrow p - \eta\,(d + \mu v \text{ if nesterov, else } v) \\
+        s &\leftarrow s + (1 - \beta)(p - s)
+
+    with lr η, momentum μ, dampening τ, weight decay λ, EMA decay β. The ``"sutskever"``
+    formulation is given at :class:`fused_opt.SGD`.
+
+    Args:
+        params: tensors of any shapes, updated in place; float32, bfloat16, float16 or float64, on
+            CPU or CUDA, mixed at will.
+        grads: of the same shapes and devices. Any of float32, bfloat16 and float16 beside any of
+            them, float64 beside float64.
+        momentum_buffers: of the parameters' shapes and dtypes, updated in place. None in the list
+            stands for a parameter's first step, which is not dampened, and is replaced by the new
+            buffer. The list itself may be None or empty if momentum is 0.
+        lr: the learning rate, or a one-element tensor; on the parameters' GPU it is read there.
+        momentum: 0 keeps no buffers.
+        dampening: scales the gradient on its way into the buffer by ``1 - dampening``.
+        weight_decay: L2 penalty, added to the gradient.
+        nesterov: steps along the momentum of the next step.
+        maximize: ascends instead of descending.
+        formulation: ``"torch"`` or ``"sutskever"``, whose buffers hold −lr·v.
+        reset_grads: fills the gradients with 0 once they are read.
+        shadows: moving averages of the parameters, updated in place; float32 or the parameter's
+            dtype. None in the list leaves a parameter without one.
+        decay: of the moving averages, in [0, 1]; required with ``shadows``.
+
+    Raises:
+        ValueError: a list of another length, tensors that differ in shape or device or share
+            memory, dtypes without a kernel, a hyper-parameter out of range. Nothing has changed.
+        TypeError: an entry is no tensor. Nothing has changed.
+
+    Example:
+        >>> import torch
+        >>> from fused_opt.functional import sgd_step_
+        >>> p, s, buffers = torch.ones(3), torch.zeros(3), [None]
+        >>> sgd_step_([p], [torch.full((3,), 2.0)], buffers, lr=0.1, momentum=0.9,
+        ...           shadows=[s], decay=0.5)
+        >>> p, s, buffers
+        (tensor([0.8000, 0.8000, 0.8000]), tensor([0.4000, 0.4000, 0.4000]), [tensor([2., 2., 2.])])
+    """
+    hyper = SgdHyper(
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        formulation=formulation,
+        reset_grads=reset_grads,
+    )
+    _check(hyper)
+    has_momentum = hyper.state_key is not None
+    _check_length("grads", grads, params)
+    if has_momentum or momentum_buffers:
+        _check_length("momentum_buffers", momentum_buffers, params)
+    if (shadows is None) != (decay is None):
+        raise ValueError("expected shadows and decay together, got only one of them")
+    if shadows is not None:
+        _check_length("shadows", shadows, params)
+        check_decay(decay)
+
+    rows = Rows(
+        list(params),
+        list(grads),
+        list(momentum_buffers or ()) if has_momentum else None,
+        None if shadows is None else list(shadows),
+    )
+    first = [i for i, momentum in enumerate(rows.momentum_buffers or ()) if momentum is None]
+    later = [i for i in range(len(params)) if i not in set(first)] if first else None
+    first_rows, later_rows = rows.take(first), rows if later is None else rows.take(later)
+    with _new_plan(params) as plan:
+        plan.add_first_sgd(first_rows, hyper, decay or 0.0)
+        plan.add_sgd(later_rows, hyper, decay or 0.0)
+        plan.run()
+    if momentum_buffers is not None:
+        for i, new in zip(first, first_rows.momentum_buffers or (), strict=True):
+            momentum_buffers[i] = new
+
+
+@torch.no_grad()
+def ema_update_(shadows: Sequence[Tensor], params: Sequence[Tensor], *, decay: float) -> None:
+    r"""One step of the exponential moving average of every parameter.
+
+    .. math:: s \leftarrow s + (1 - \beta)(p - s)
+
+    evaluated as ``torch.lerp`` does; decay 0 copies exactly, and decay 1 keeps the shadow exactly.
+
+    Args:
+        shadows: the averages, updated in place; float32 or the parameter's dtype.
+        params: of the same shapes and devices; float32, bfloat16, float16 or float64.
+        decay: β, in [0, 1].
+
+    Raises:
+        ValueError: lists of different length, tensors that differ in shape or device or share
+            memory, dtypes without a kernel, decay outside [0, 1]. Nothing has changed.
+        TypeError: an entry is no tensor. Nothing has changed.
+
+    Example:
+        >>> import torch
+        >>> from fused_opt.functional import ema_update_
+        >>> s = torch.zeros(3)
+        >>> ema_update_([s], [torch.ones(3)], decay=0.75)
+        >>> s
+        tensor([0.2500, 0.2500, 0.2500])
+    """
+    check_decay(decay)
+    _check_length("shadows", shadows, params)
+    with _new_plan(params) as plan:
+        plan.add_ema(list(params), list(shadows), decay)
+        plan.run()
+
+
+def _check(hyper: SgdHyper) -> None:
+    """The checks of the ``torch.optim.SGD`` constructor, and of what it does not have."""
+    if isinstance(hyper.lr, Tensor) and hyper.lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    on_gpu = isinstance(hyper.lr, Tensor) and hyper.lr.is_cuda  # to look would wait for the GPU
+    if not on_gpu and hyper.lr < 0.0:
+        raise ValueError(f"Invalid learning rate: {hyper.lr}")
+    if hyper.momentum < 0.0:
+        raise ValueError(f"Invalid momentum value: {hyper.momentum}")
+    if hyper.weight_decay < 0.0:
+        raise ValueError(f"Invalid weight_decay value: {hyper.weight_decay}")
+    if hyper.nesterov and (hyper.momentum <= 0 or hyper.dampening != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    check_formulation(hyper.formulation)
+
+
+def _check_length(name: str, tensors: Sequence[Any] | None, params: Sequence[Tensor]) -> None:
+    found = "None" if tensors is None else str(len(tensors))
+    if found != str(len(params)):
+        raise ValueError(f"{name}: expected {len(params)} entries, one per parameter, got {found}")
