@@ -63,7 +63,7 @@ class DictWalk {
   Py_ssize_t position_ = 0;
 };
 
-// Rows of tensors as Python lists, which also keep them alive while the step runs without the GIL.
+// Rows of tensors as Python lists, for the few that Python has to look at.
 struct Rows {
   py::list streams[kStreams];
   bool has[kStreams] = {true, true, true, true};
@@ -74,38 +74,51 @@ struct Rows {
     }
   }
   py::tuple tuple() const {
-    const auto list = [&](int s) {
-      return has[s] ? py::object(streams[s]) : py::object(py::none());
-    };
-    return py::make_tuple(list(kParam), list(kGrad), list(kMomentum), list(kShadow));
+    py::object lists[kStreams];
+    for (int s = 0; s < kStreams; ++s) lists[s] = has[s] ? py::object(streams[s]) : py::none();
+    return py::make_tuple(lists[kParam], lists[kGrad], lists[kMomentum], lists[kShadow]);
   }
 };
+
+// What became of a row that was offered.
+enum class Outcome { kAdded, kForTorch, kScattered };
 
 // A step in the making. Python adds tensors, has them checked, and runs them.
 class PyPlan {
  public:
+  ~PyPlan() { clear(); }
+
   void clear() {
     plan_.clear();
     seen_.rewind();
     state_walk_.rewind();
     shadow_walk_.rewind();
     params_.clear();
+    written_.clear();
     shadowed_ = 0;
-    written_ = py::list();
+    // Dropping the last reference to an object may run Python code: the plan is empty by then.
+    std::vector<PyObject*> released;
+    released.swap(held_);
+    for (PyObject* object : released) Py_DECREF(object);
+    released.clear();
+    if (held_.empty()) held_.swap(released);  // keep the capacity
   }
 
   // Adds the parameters of a param group that have a gradient, with the momentum that `state`
   // keeps under `key` (None: without momentum) and their shadow (`shadows` may be None).
   //
-  // Returns (rows, fresh, for_torch, scattered): the rows that were checked, as lists; those that
-  // were not, since their momentum does not exist yet; and indices into `rows` as add() does.
+  // Returns (fresh, refused, for_torch, scattered): the rows that were not looked at since their
+  // momentum does not exist yet; those that were checked but not added; and which of the latter
+  // are for torch, and which are to be offered again as dense copies.
   py::tuple add_param_group(const py::list& params, const py::dict& state, const py::object& key,
                             const py::object& shadows, const Group& group) {
     static PyObject* const grad_name = PyUnicode_InternFromString("grad");
-    Rows rows, fresh;
-    rows.has[kMomentum] = fresh.has[kMomentum] = !key.is_none();
-    rows.has[kShadow] = fresh.has[kShadow] = !shadows.is_none();
-    Refused refused;
+    const bool has_momentum = !key.is_none();
+    const bool has_shadows = !shadows.is_none();
+    Rows fresh, refused;
+    fresh.has[kMomentum] = refused.has[kMomentum] = has_momentum;
+    fresh.has[kShadow] = refused.has[kShadow] = has_shadows;
+    std::vector<size_t> for_torch, scattered;
     const uint16_t index = plan_.add_group(group);
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
       PyObject* const param = PyList_GET_ITEM(params.ptr(), i);
@@ -113,16 +126,18 @@ class PyPlan {
       if (!grad) throw py::error_already_set();
       if (grad.is_none()) continue;
       PyObject* tensors[kStreams] = {param, grad.ptr(), Py_None, Py_None};
-      if (rows.has[kMomentum]) tensors[kMomentum] = momentum_of(state.ptr(), param, key.ptr());
-      if (rows.has[kShadow]) tensors[kShadow] = shadow_of(shadows.ptr(), param);
-      if (rows.has[kMomentum] && tensors[kMomentum] == Py_None) {
+      if (has_momentum) tensors[kMomentum] = momentum_of(state.ptr(), param, key.ptr());
+      if (has_shadows) tensors[kShadow] = shadow_of(shadows.ptr(), param);
+      if (has_momentum && tensors[kMomentum] == Py_None) {
         fresh.append(tensors);
-      } else {
-        rows.append(tensors);
-        add_row(tensors, index, group.reset_grads, refused);
+        continue;
       }
+      const Outcome outcome = add_row(tensors, index, group.reset_grads, false);
+      if (outcome == Outcome::kAdded) continue;
+      (outcome == Outcome::kForTorch ? for_torch : scattered).push_back(refused.streams[0].size());
+      refused.append(tensors);
     }
-    return py::make_tuple(rows.tuple(), fresh.tuple(), refused.for_torch, refused.scattered);
+    return py::make_tuple(fresh.tuple(), refused.tuple(), for_torch, scattered);
   }
 
   // Adds rows as parallel lists. A list may be None, or hold None, where a stream is absent.
@@ -131,16 +146,18 @@ class PyPlan {
   py::tuple add(const py::list& params, const py::object& grads, const py::object& momentums,
                 const py::object& shadows, const Group& group, bool copies) {
     PyObject* const lists[kStreams] = {params.ptr(), grads.ptr(), momentums.ptr(), shadows.ptr()};
-    Refused refused;
+    std::vector<size_t> for_torch, scattered;
     const uint16_t index = plan_.add_group(group);
     for (size_t i = 0; i < params.size(); ++i) {
       PyObject* tensors[kStreams];
       for (int s = 0; s < kStreams; ++s) {
         tensors[s] = lists[s] == Py_None ? Py_None : PyList_GET_ITEM(lists[s], i);
       }
-      add_row(tensors, index, group.reset_grads, refused, copies);
+      const Outcome outcome = add_row(tensors, index, group.reset_grads, copies);
+      if (outcome == Outcome::kForTorch) for_torch.push_back(i);
+      if (outcome == Outcome::kScattered) scattered.push_back(i);
     }
-    return py::make_tuple(refused.for_torch, refused.scattered);
+    return py::make_tuple(for_torch, scattered);
   }
 
   // The parameters that have a shadow and were not added with it, and their shadows: frozen ones,
@@ -163,7 +180,14 @@ class PyPlan {
 
   // The tensors that the step writes in place, for their version counters. Momentum buffers are
   // the optimizer's own: no graph holds them.
-  py::list written() const { return written_; }
+  py::list written() const {
+    py::list list(written_.size());
+    for (size_t i = 0; i < written_.size(); ++i) {
+      Py_INCREF(written_[i]);
+      PyList_SET_ITEM(list.ptr(), i, written_[i]);
+    }
+    return list;
+  }
 
   std::vector<int> devices() const { return plan_.devices(); }
 
@@ -184,12 +208,6 @@ class PyPlan {
   }
 
  private:
-  // Indices of rows that the kernels do not take as they are.
-  struct Refused {
-    std::vector<size_t> for_torch, scattered;
-    size_t next = 0;
-  };
-
   PyObject* momentum_of(PyObject* state, PyObject* param, PyObject* key) {
     PyObject* const param_state = state_walk_.find(state, param);
     if (param_state == nullptr) return Py_None;
@@ -206,31 +224,34 @@ class PyPlan {
     return shadow == nullptr ? Py_None : shadow;
   }
 
-  void add_row(PyObject* const (&tensors)[kStreams], uint16_t group, bool resets, Refused& refused,
-               bool copies = false) {
-    const size_t index = refused.next++;
+  Outcome add_row(PyObject* const (&tensors)[kStreams], uint16_t group, bool resets, bool copies) {
     params_.push_back(tensors[kParam]);
-    TensorView views[kStreams];
     const TensorView* present[kStreams] = {};
     auto reach = TensorReader::Reach::kKernels;
     for (int s = 0; s < kStreams; ++s) {
       const bool required = s == kParam || (s == kShadow && tensors[kGrad] == Py_None);
       if (tensors[s] == Py_None && !required) continue;
-      present[s] = &views[s];
-      reach = std::max(reach, read(tensors[s], Stream(s), views[s]));
+      hold(tensors[s]);
+      present[s] = &views_[s];
+      reach = std::max(reach, read(tensors[s], Stream(s), views_[s]));
     }
-    if (reach == TensorReader::Reach::kTorch || !views[kParam].has_kernels) {
+    if (present[kGrad]) written_.push_back(tensors[kParam]);
+    if (present[kGrad] && resets) written_.push_back(tensors[kGrad]);
+    if (present[kShadow]) written_.push_back(tensors[kShadow]);
+    if (reach == TensorReader::Reach::kTorch || !views_[kParam].has_kernels) {
       plan_.skip_row();
-      refused.for_torch.push_back(index);
-      return;
+      return Outcome::kForTorch;
     }
-    explain([&] {
-      if (!plan_.add_row(present, group, copies)) refused.scattered.push_back(index);
-    });
-    if (present[kGrad]) written_.append(py::handle(tensors[kParam]));
-    if (present[kGrad] && resets) written_.append(py::handle(tensors[kGrad]));
-    if (present[kShadow]) written_.append(py::handle(tensors[kShadow]));
     shadowed_ += present[kShadow] != nullptr;
+    bool added = false;
+    explain([&] { added = plan_.add_row(present, group, copies); });
+    return added ? Outcome::kAdded : Outcome::kScattered;
+  }
+
+  // Keeps an object alive until the step is over: others may run Python code in the meantime.
+  void hold(PyObject* object) {
+    Py_INCREF(object);
+    held_.push_back(object);
   }
 
   TensorReader::Reach read(PyObject* object, Stream stream, TensorView& view) {
@@ -261,9 +282,11 @@ class PyPlan {
   Plan plan_;
   SeenTensors seen_;
   DictWalk state_walk_, shadow_walk_;
-  std::vector<PyObject*> params_;  // of every row; Python's lists keep them alive
-  size_t shadowed_ = 0;            // rows with a shadow
-  py::list written_;
+  TensorView views_[kStreams];     // of the row that is being added
+  std::vector<PyObject*> held_;    // references that the plan owns
+  std::vector<PyObject*> params_;  // of every row
+  std::vector<PyObject*> written_;
+  size_t shadowed_ = 0;  // rows with a shadow that the kernels update
 };
 
 Group make_group(double lr, double momentum, double dampening, double weight_decay,

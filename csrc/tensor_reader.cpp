@@ -3,24 +3,32 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
+#include <string>
 
 namespace py = pybind11;
 
 namespace fused_opt {
 namespace {
 
-struct KnownDType {
-  DType dtype;
-  uint8_t code, bits;
-  const char* torch_name;
-};
-constexpr KnownDType kKnownDTypes[] = {
-    {DType::kFloat32, dlpack::kFloat, 32, "torch.float32"},
-    {DType::kFloat64, dlpack::kFloat, 64, "torch.float64"},
-    {DType::kBFloat16, dlpack::kBfloat, 16, "torch.bfloat16"},
-    {DType::kFloat16, dlpack::kFloat, 16, "torch.float16"},
-};
+// Our dtype for a DLPack one, if there is any.
+bool find_dtype(dlpack::DataType type, DType& dtype) {
+  const bool is_float = type.code == dlpack::kFloat;
+  if (is_float && type.bits == 32) return dtype = DType::kFloat32, true;
+  if (is_float && type.bits == 64) return dtype = DType::kFloat64, true;
+  if (is_float && type.bits == 16) return dtype = DType::kFloat16, true;
+  if (type.code == dlpack::kBfloat && type.bits == 16) return dtype = DType::kBFloat16, true;
+  return false;
+}
+
+// The same for the name of a torch dtype.
+bool find_dtype(const std::string& name, DType& dtype) {
+  constexpr const char* kNames[kDTypes] = {"torch.float32", "torch.float64", "torch.bfloat16",
+                                           "torch.float16"};
+  for (int i = 0; i < kDTypes; ++i) {
+    if (name == kNames[i]) return dtype = DType(i), true;
+  }
+  return false;
+}
 
 const char* kind_of(uint8_t code) {
   switch (code) {
@@ -92,7 +100,9 @@ TensorReader::Reach TensorReader::read(PyObject* object, SeenTensors& seen, Tens
 }
 
 bool TensorReader::plain_type(PyTypeObject* type) {
-  if (std::find(plain_types_.begin(), plain_types_.end(), type) != plain_types_.end()) return true;
+  for (const PyTypeObject* known : plain_types_) {
+    if (known == type) return true;
+  }
   if (!PyType_IsSubtype(type, reinterpret_cast<PyTypeObject*>(tensor_type_))) return false;
   const py::object dispatch =
       py::getattr(reinterpret_cast<PyObject*>(type), "__torch_dispatch__", py::none());
@@ -133,13 +143,7 @@ bool TensorReader::read_dlpack(PyObject* object, TensorView& view) const {
   view.numel = 1;
   for (int d = 0; d < tensor.ndim; ++d) view.numel *= tensor.shape[d];
   view.item_bytes = tensor.dtype.bits / 8;
-  view.has_kernels = false;
-  for (const KnownDType& known : kKnownDTypes) {
-    if (known.code == tensor.dtype.code && known.bits == tensor.dtype.bits) {
-      view.dtype = known.dtype;
-      view.has_kernels = true;
-    }
-  }
+  view.has_kernels = find_dtype(tensor.dtype, view.dtype);
   if (!view.has_kernels) view.dtype_kind = kind_of(tensor.dtype.code);
   return true;
 }
@@ -160,15 +164,8 @@ bool TensorReader::read_attributes(PyObject* object, TensorView& view) {
   view.shape = lent.shape.data();
   view.strides = lent.strides.data();
   view.item_bytes = tensor.attr("element_size")().cast<int>();
-  view.has_kernels = false;
-  view.dtype_kind = "unsupported";
-  const auto dtype = py::str(tensor.attr("dtype")).cast<std::string>();
-  for (const KnownDType& known : kKnownDTypes) {
-    if (dtype == known.torch_name) {
-      view.dtype = known.dtype;
-      view.has_kernels = true;
-    }
-  }
+  view.has_kernels = find_dtype(py::str(tensor.attr("dtype")).cast<std::string>(), view.dtype);
+  if (!view.has_kernels) view.dtype_kind = "unsupported";
   return true;
 }
 

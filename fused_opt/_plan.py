@@ -59,7 +59,6 @@ class Plan:
         """
         self._subject = subject
         self._native.clear()
-        self._held: list[Rows] = []  # alive while the step runs without the interpreter's lock
         # Tensors, their dense copies that are updated, and whether to copy them back.
         self._copies: list[tuple[Tensor, Tensor, bool]] = []
         self._scalars: list[Tensor] = []  # on the device, alive until the launch
@@ -79,11 +78,11 @@ class Plan:
             Those that were not added, because ``state`` does not hold their momentum yet.
         """
         group = self._group(params, hyper, decay)
-        rows, fresh, for_torch, scattered = self._checked(
+        fresh, refused, for_torch, scattered = self._checked(
             self._native.add_param_group, params, state, hyper.state_key, shadows, group
         )
-        self._held.append(Rows(*rows))
-        self._add_refused(Rows(*rows), for_torch, scattered, group, hyper, decay, first=False)
+        if for_torch or scattered:
+            self._add_refused(Rows(*refused), for_torch, scattered, group, hyper, decay, False)
         return Rows(*fresh)
 
     def add_sgd(self, rows: Rows, hyper: SgdHyper, decay: float) -> None:
@@ -154,10 +153,10 @@ class Plan:
     def _add(self, rows: Rows, hyper: SgdHyper | None, decay: float, first: bool) -> None:
         if not rows.params:
             return
-        self._held.append(rows)
         group = self._group(rows.params, hyper, decay)
         for_torch, scattered = self._checked(self._native.add, *rows, group, False)
-        self._add_refused(rows, for_torch, scattered, group, hyper, decay, first)
+        if for_torch or scattered:
+            self._add_refused(rows, for_torch, scattered, group, hyper, decay, first)
 
     def _add_refused(
         self,
@@ -172,7 +171,6 @@ class Plan:
         """Adds rows that the kernels do not take as they are: as copies, or to be run by torch."""
         if scattered:
             copies = self._dense_copies(rows.take(scattered), hyper)
-            self._held.append(copies)
             self._checked(self._native.add, *copies, group, True)
         if for_torch:
             self._add_for_torch(rows, for_torch, hyper, decay, first)
