@@ -242,9 +242,9 @@ class PyPlan {
       plan_.skip_row();
       return Outcome::kForTorch;
     }
-    shadowed_ += present[kShadow] != nullptr;
     bool added = false;
     explain([&] { added = plan_.add_row(present, group, copies); });
+    shadowed_ += added && present[kShadow] != nullptr;
     return added ? Outcome::kAdded : Outcome::kScattered;
   }
 

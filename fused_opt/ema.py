@@ -62,6 +62,7 @@ class EMA:
     def __init__(self, model_or_params: ModelOrParams, decay: float = 0.999) -> None:
         self.decay = decay
         self.num_updates = 0
+        # An iterable can be walked only once, a module gains and loses parameters.
         self._source: nn.Module | list[tuple[str, Tensor]] = (
             model_or_params if isinstance(model_or_params, nn.Module) else _named(model_or_params)
         )
@@ -112,9 +113,7 @@ class EMA:
             RuntimeError: the shadows are applied.
         """
         self._require_not_applied("register")
-        source = self._source
-        named = source.named_parameters() if isinstance(source, nn.Module) else iter(source)
-        params, shadow_of = _distinct(named), {}
+        params, shadow_of = _tensors(self._source), {}
         if not params:
             raise ValueError("model_or_params: expected at least one parameter, got none")
         for param in params.values():
@@ -162,6 +161,7 @@ class EMA:
             RuntimeError: they are already applied.
         """
         self._require_not_applied("apply_shadow")
+        _check_match("apply_shadow", self._params, self.shadows)
         # All memory is taken before the first weight is overwritten: running out changes nothing.
         backup = [param.detach().clone() for param in self._shadow_of]
         self._backup = backup
@@ -208,17 +208,8 @@ class EMA:
         Raises:
             ValueError: names or shapes differ. Nothing has changed.
         """
-        if model_or_params is None:
-            for param, shadow in self._shadow_of.items():
-                param.copy_(shadow)
-            return
-        named = (
-            model_or_params.named_parameters()
-            if isinstance(model_or_params, nn.Module)
-            else iter(_named(model_or_params))
-        )
-        targets = _distinct(named)
         shadows = self.shadows
+        targets = self._params if model_or_params is None else _tensors(model_or_params)
         _check_match("model_or_params", targets, shadows)
         for name, target in targets.items():
             target.copy_(shadows[name])
@@ -281,8 +272,13 @@ def _named(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[tupl
     return [item if isinstance(item, tuple) else (str(i), item) for i, item in enumerate(params)]
 
 
-def _distinct(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def _tensors(model_or_params: ModelOrParams) -> dict[str, Tensor]:
     """The tensors by name, each once, also where several share their elements."""
+    named: Iterable[tuple[str, Tensor]] = (
+        model_or_params.named_parameters()
+        if isinstance(model_or_params, nn.Module)
+        else _named(model_or_params)
+    )
     distinct: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in named:

@@ -157,8 +157,9 @@ class SGD(torch.optim.SGD):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class or of ``torch.optim.SGD``.
 
-        A group of the checkpoint that lacks one of our options, as torch's do, leaves that of the
-        group it is loaded into. Momentum of the other formulation is converted when it is used.
+        A group's options are replaced by the checkpoint's, the formulation like the learning rate;
+        those that it lacks, as torch's checkpoints lack ours, stay as they are. Momentum of another
+        formulation than the group's is converted at the next step.
         """
         groups = state_dict["param_groups"]
         if len(groups) == len(self.param_groups):  # otherwise torch raises

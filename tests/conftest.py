@@ -1,0 +1,45 @@
+"""The `cuda` marker, the `device` fixture, the thread count and the hypothesis profile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+#: With this variable set to 1, a `cuda` test fails where there is no GPU instead of being skipped.
+REQUIRE_GPU = "FUSED_OPT_REQUIRE_GPU"
+
+#: Two threads, so that work is shared out even on the smallest machine, and no more than it has.
+TEST_THREADS = 2
+
+# The same examples in every run: a failure that a change causes is never a matter of luck.
+settings.register_profile(
+    "fused_opt", derandomize=True, max_examples=60, deadline=None, database=None
+)
+settings.load_profile("fused_opt")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is None or torch.cuda.is_available():
+        return
+    if os.environ.get(REQUIRE_GPU) == "1":
+        pytest.fail(f"no GPU is available, and {REQUIRE_GPU}=1 asks for one", pytrace=False)
+    pytest.skip("no GPU is available")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that a step runs on."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def pinned_threads() -> Iterator[None]:
+    """Gives each test the same thread count, whatever the machine has or another test has set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(TEST_THREADS)
+    yield
+    torch.set_num_threads(before)
