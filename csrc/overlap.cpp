@@ -1,6 +1,7 @@
 #include "overlap.h"
 
 #include <algorithm>
+#include <tuple>
 
 namespace fused_opt {
 namespace {
@@ -32,60 +33,79 @@ void for_each_element(uintptr_t data, int item_bytes, const std::vector<int64_t>
 
 }  // namespace
 
+void OverlapCheck::Extents::add(const Extent& extent, bool same_layout) {
+  if (count == all.size()) {
+    all.push_back(extent);
+    checked = false;
+  } else {
+    const Extent& known = all[count];
+    const bool same_place = known.begin == extent.begin && known.end == extent.end &&
+                            known.layout == extent.layout && same_layout;
+    checked = checked && same_place;
+    all[count] = extent;
+  }
+  ++count;
+}
+
+void OverlapCheck::Extents::finish() {
+  if (count == all.size()) return;
+  all.resize(count);
+  checked = false;
+}
+
+// The index of this layout, and whether it was there before.
+std::pair<int32_t, bool> OverlapCheck::add_layout(const TensorView& view) {
+  Layout layout = {reinterpret_cast<uintptr_t>(view.data),
+                   view.item_bytes,
+                   {view.shape, view.shape + view.ndim},
+                   {view.strides, view.strides + view.ndim}};
+  const size_t index = layout_count_++;
+  if (index == layouts_.size()) layouts_.emplace_back();
+  const bool same = layouts_[index] == layout;
+  layouts_[index] = std::move(layout);
+  return {int32_t(index), same};
+}
+
 bool OverlapCheck::Layout::operator==(const Layout& other) const {
   return data == other.data && item_bytes == other.item_bytes && shape == other.shape &&
          strides == other.strides;
 }
 
-void OverlapCheck::clear() {
-  written_.clear();
-  read_.clear();
-  layouts_.clear();
-}
+void OverlapCheck::clear() { written_.count = read_.count = layout_count_ = 0; }
 
 void OverlapCheck::add(const TensorView& view, uint32_t row, Stream stream, bool dense,
                        bool written) {
   if (view.numel == 0) return;
   const uintptr_t data = reinterpret_cast<uintptr_t>(view.data);
   int64_t last = view.numel - 1;
-  int layout = kDense;
+  int32_t layout = kDense;
+  bool same_layout = true;
   if (!dense) {
     last = 0;
     for (int d = 0; d < view.ndim; ++d) last += (view.shape[d] - 1) * view.strides[d];
-    layout = int(layouts_.size());
-    layouts_.push_back({data,
-                        view.item_bytes,
-                        {view.shape, view.shape + view.ndim},
-                        {view.strides, view.strides + view.ndim}});
+    std::tie(layout, same_layout) = add_layout(view);
   }
-  (written ? written_ : read_)
-      .push_back({data, data + (last + 1) * view.item_bytes, row, stream, view.item_bytes, layout});
-}
-
-bool OverlapCheck::same_place(const std::vector<Extent>& a, const std::vector<Extent>& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Extent& x, const Extent& y) {
-    return x.begin == y.begin && x.end == y.end && x.layout == y.layout;
-  });
+  const uintptr_t end = data + (last + 1) * view.item_bytes;
+  const Extent extent = {data, end, row, layout, stream, uint8_t(view.item_bytes)};
+  (written ? written_ : read_).add(extent, same_layout);
 }
 
 void OverlapCheck::check() {
-  const bool same_layouts = layouts_ == checked_layouts_;
-  const bool same_written = same_layouts && same_place(written_, checked_written_);
-  if (!same_written) {
-    checked_written_.clear();  // nothing counts as checked if this throws
+  written_.finish();
+  read_.finish();
+  if (!written_.checked) {
     check_written();
+    written_.checked = true;
+    read_.checked = false;
   }
-  if (!same_written || !same_place(read_, checked_read_)) {
-    checked_read_.clear();
+  if (!read_.checked) {
     check_read();
+    read_.checked = true;
   }
-  if (!same_written) checked_written_ = written_;
-  checked_read_ = read_;
-  if (!same_layouts) checked_layouts_ = layouts_;
 }
 
 void OverlapCheck::check_written() {
-  sorted_ = written_;
+  sorted_ = written_.all;
   std::sort(sorted_.begin(), sorted_.end(),
             [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
   for (size_t first = 0; first < sorted_.size();) {
@@ -133,7 +153,7 @@ void OverlapCheck::check_cluster(size_t first, size_t last) const {
 // A gradient may share memory with another gradient, but not with what is written. Tensors with
 // gaps are given the benefit of the doubt here: they are read in full before anything is written.
 void OverlapCheck::check_read() const {
-  for (const Extent& extent : read_) {
+  for (const Extent& extent : read_.all) {
     if (extent.layout != kDense) continue;
     const auto after =
         std::upper_bound(sorted_.begin(), sorted_.end(), extent,

@@ -2,12 +2,16 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "tensor_view.h"
 
 namespace fused_opt {
 
+// This runs in every step, and almost always on the tensors of the last one, where they lay. So a
+// tensor is compared with the one that was added at its place before, and the costly check is
+// made only if one of them has changed.
 class OverlapCheck {
  public:
   // Starts a new step.
@@ -16,20 +20,30 @@ class OverlapCheck {
   // `written`: the step writes the tensor; otherwise it only reads it.
   void add(const TensorView& view, uint32_t row, Stream stream, bool dense, bool written);
 
-  // Throws RowError if a written tensor shares memory with another tensor or with itself. What
-  // passed in the last step and lies where it lay is not sorted again: this runs every step.
+  // Throws RowError if a written tensor shares memory with another tensor or with itself.
   void check();
 
  private:
+  static constexpr int32_t kDense = -1;
+
   // The range of memory from a tensor's first byte to its last.
   struct Extent {
     uintptr_t begin, end;
     uint32_t row;
+    int32_t layout;  // kDense, or an index into layouts_
     Stream stream;
-    int item_bytes;
-    int layout;  // kDense, or an index into layouts_
+    uint8_t item_bytes;
   };
-  static constexpr int kDense = -1;
+
+  // Extents in the order of adding. What was there before is overwritten from the front.
+  struct Extents {
+    std::vector<Extent> all;
+    size_t count = 0;
+    bool checked = false;  // as they are now
+
+    void add(const Extent& extent, bool same_layout);
+    void finish();
+  };
 
   // Where the elements of a tensor with gaps lie.
   struct Layout {
@@ -39,17 +53,16 @@ class OverlapCheck {
     bool operator==(const Layout& other) const;
   };
 
-  static bool same_place(const std::vector<Extent>& a, const std::vector<Extent>& b);
+  std::pair<int32_t, bool> add_layout(const TensorView& view);
+
   void check_written();
   void check_read() const;
   void check_cluster(size_t first, size_t last) const;
 
-  std::vector<Extent> written_, read_;
+  Extents written_, read_;
+  std::vector<Extent> sorted_;  // written_ by address
   std::vector<Layout> layouts_;
-
-  std::vector<Extent> checked_written_, checked_read_;
-  std::vector<Layout> checked_layouts_;
-  std::vector<Extent> sorted_;  // checked_written_ by address
+  size_t layout_count_ = 0;
 };
 
 }  // namespace fused_opt

@@ -13,7 +13,7 @@ enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 inline constexpr int kDTypes = 4;
 
 // The memory streams that one pass walks side by side.
-enum Stream { kParam, kGrad, kMomentum, kShadow };
+enum Stream : uint8_t { kParam, kGrad, kMomentum, kShadow };
 inline constexpr int kStreams = 4;
 
 // One parameter with everything that is updated beside it, element for element in memory order.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -36,8 +35,7 @@ def as_scalar(value: float | Tensor, name: str) -> float | Tensor:
     return value.reshape(())
 
 
-@dataclass(frozen=True)
-class SgdHyper:
+class SgdHyper(NamedTuple):
     """What one param group is stepped with. Numbers may be one-element tensors."""
 
     lr: float | Tensor

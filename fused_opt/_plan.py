@@ -7,7 +7,6 @@ changed before ``run`` has found no fault.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +101,7 @@ class Plan:
                 else None  # refused below
                 for param in rows.params
             ]
-        self._add(rows, replace(hyper, dampening=0.0), decay, first=True)
+        self._add(rows, hyper._replace(dampening=0.0), decay, first=True)
 
     def add_ema(self, params: list[Tensor], shadows: list[Tensor], decay: float) -> None:
         """Adds the EMA of parameters that this step does not change."""

@@ -214,7 +214,8 @@ class SGD(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
         # Set by torch.amp.GradScaler. On a GPU this waits for the backward pass to finish.
-        found_inf, grad_scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        found_inf = getattr(self, "found_inf", None)
+        grad_scale = getattr(self, "grad_scale", None)
         if found_inf is not None and float(found_inf) != 0:
             self._reset_grads()
             return loss
