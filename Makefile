@@ -1,0 +1,81 @@
+# The commands of the project. Each one makes what it needs: .venv, the pinned requirements and the
+# compiled module are brought up to date first, through two stamp files in .venv. Only `make gpu`
+# differs: it runs on a machine that already has its Python packages, and installs nothing.
+#
+#   make demo DEMO_ARGS="--epochs 5"     make test PYTEST_ARGS="-k ema"     make bench BENCH_ARGS="--help"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+REQUIREMENTS_STAMP := $(VENV)/.requirements-installed
+PACKAGE_STAMP := $(VENV)/.package-installed
+# Whoever watches a terminal sees how far the downloads are; a log holds only errors.
+PIP_INSTALL := $(BIN)/python -m pip install $(shell test -t 2 || echo --quiet --quiet)
+
+# A change in one of these rebuilds the module. Other Python files take effect as they are: the
+# package is installed editable.
+BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt fused_opt/__init__.py fused_opt/_toolchain.py \
+	$(shell find csrc -type f)
+
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-cuda bench lint format gpu clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(PACKAGE_STAMP) ## Train on handwritten digits with torch.optim.SGD and with fused_opt.SGD; compare
+	@$(BIN)/python examples/digits.py $(DEMO_ARGS)
+
+test: $(PACKAGE_STAMP) ## Run every test, doctests included; CUDA tests are skipped where there is no GPU
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-cuda: $(PACKAGE_STAMP) ## Run the CUDA tests; fail where there is no GPU
+	@FUSED_OPT_REQUIRE_GPU=1 $(BIN)/python -m pytest -m cuda $(PYTEST_ARGS)
+
+bench: $(PACKAGE_STAMP) ## Measure against torch's own optimizers on this machine
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+lint: $(REQUIREMENTS_STAMP) ## Check formatting, style and types of every file that git tracks
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
+
+format: $(REQUIREMENTS_STAMP) ## Rewrite the sources in the form that lint asks for
+	@$(BIN)/ruff check --quiet --fix-only .
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
+
+# FUSED_OPT_CUDA_ARCHS: what this GPU is (90: H100 and H200). One architecture keeps the build short.
+gpu: FUSED_OPT_CUDA_ARCHS ?= 90
+gpu: ## On a GPU machine with torch: build in place, run the CUDA tests, record the benchmarks
+	FUSED_OPT_CUDA=1 FUSED_OPT_CUDA_ARCHS="$(FUSED_OPT_CUDA_ARCHS)" \
+		$(PYTHON) setup.py --quiet build_ext --inplace
+	FUSED_OPT_REQUIRE_GPU=1 $(PYTHON) -m pytest -m cuda $(PYTEST_ARGS)
+	for dtype in fp32 bf16; do \
+		$(PYTHON) -m benchmarks --device cuda --dtype $$dtype \
+			--shapes resnet50,gpt2,small,llama7b --record $(BENCH_ARGS) || exit 1; \
+	done
+
+clean: ## Remove what was built, and caches; .venv keeps the downloaded packages
+	rm -rf build dist *.egg-info fused_opt/_C*.so $(PACKAGE_STAMP)
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A .venv without a working pip (Debian without python3-venv leaves one behind) is made again.
+$(REQUIREMENTS_STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "fused_opt: $(PYTHON) is missing or older than 3.10; name another with PYTHON=" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+		{ echo "fused_opt: on Debian and Ubuntu, 'apt install python3-venv' provides venv" >&2; exit 1; }
+	@echo "Installing the pinned requirements into $(VENV)"
+	@$(PIP_INSTALL) --requirement requirements.txt
+	@touch $@
+
+$(PACKAGE_STAMP): $(REQUIREMENTS_STAMP) $(BUILD_INPUTS)
+	@echo "Building fused_opt"
+	@$(PIP_INSTALL) --no-deps --editable .
+	@$(BIN)/python -c 'import fused_opt; print("Built", fused_opt.build_info())'
+	@touch $@
