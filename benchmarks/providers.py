@@ -1,0 +1,168 @@
+"""The contestants: one optimizer step with the same maths, done by fused_opt and by torch.
+
+A provider has a name and a `setup(params, grads)` that returns a `Step`. All run momentum SGD with
+weight decay; with an EMA, torch follows the step with the fastest averaging that it offers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import fused_opt
+
+LR = 1e-3
+MOMENTUM = 0.9
+WEIGHT_DECAY = 1e-4
+DECAY = 0.999
+
+
+@dataclass(frozen=True)
+class Op:
+    """What is timed: SGD alone, or SGD and the update of an EMA shadow."""
+
+    name: str
+    ema: bool
+
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes kept per parameter: parameter and momentum, and the shadow (never below fp32)."""
+        return 2 * dtype.itemsize + (max(4, dtype.itemsize) if self.ema else 0)
+
+    def moved_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes per parameter that one pass must move: state both ways, the gradient once."""
+        return 2 * self.state_bytes(dtype) + dtype.itemsize
+
+
+SGD = Op("SGD", ema=False)
+SGD_EMA = Op("SGD + EMA", ema=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step over tensors of its own, and the state that it reads and writes."""
+
+    run: Callable[[], object]
+    optimizer: torch.optim.SGD
+    params: list[Tensor]
+    grads: list[Tensor]
+    shadows: list[Tensor] = field(default_factory=list)
+
+    @property
+    def momentum_buffers(self) -> list[Tensor]:
+        """The momentum buffers, which exist after the first step."""
+        return [self.optimizer.state[param]["momentum_buffer"] for param in self.params]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A named way to do an op; `refusal` says why it is left out, where it is."""
+
+    name: str
+    setup: Callable[[list[Tensor], list[Tensor]], Step]
+    is_torch: bool = True
+    refusal: str | None = None
+
+
+def as_parameters(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Returns leaf parameters over the same memory, with the gradients attached."""
+    parameters: list[Tensor] = []
+    for param, grad in zip(params, grads, strict=True):
+        parameters.append(torch.nn.Parameter(param))
+        parameters[-1].grad = grad
+    return parameters
+
+
+def fused_opt_sgd(params: list[Tensor], grads: list[Tensor], *, ema: bool) -> Step:
+    """fused_opt: SGD, and the EMA in the same pass."""
+    parameters = as_parameters(params, grads)
+    average = fused_opt.EMA(parameters, decay=DECAY) if ema else None
+    optimizer = fused_opt.SGD(
+        parameters, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, ema=average
+    )
+    shadows = list(average.shadows.values()) if average is not None else []
+    return Step(optimizer.step, optimizer, parameters, grads, shadows)
+
+
+Average = Callable[[list[Tensor], list[Tensor]], Callable[[], object]]
+
+
+def foreach_lerp(shadows: list[Tensor], params: list[Tensor]) -> Callable[[], object]:
+    """Averages with one multi-tensor call; half parameters are first widened into kept copies."""
+    weight = 1 - DECAY
+    if params[0].dtype == shadows[0].dtype:
+        return lambda: torch._foreach_lerp_(shadows, params, weight)
+    wide = [torch.empty_like(shadow) for shadow in shadows]
+
+    def update() -> None:
+        torch._foreach_copy_(wide, params)
+        torch._foreach_lerp_(shadows, wide, weight)
+
+    return update
+
+
+def float_lerp(shadows: list[Tensor], params: list[Tensor]) -> Callable[[], object]:
+    """Averages tensor by tensor, so that the widened copy of a half parameter stays in cache."""
+    weight = 1 - DECAY
+
+    def update() -> None:
+        for shadow, param in zip(shadows, params, strict=True):
+            shadow.lerp_(param.float(), weight)
+
+    return update
+
+
+def torch_sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    *,
+    average: Average | None,
+    implementation: dict[str, bool],
+) -> Step:
+    """torch.optim.SGD in one of its implementations, followed by an average if one is given."""
+    parameters = as_parameters(params, grads)
+    optimizer = torch.optim.SGD(
+        parameters, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, **implementation
+    )
+    if average is None:
+        return Step(optimizer.step, optimizer, parameters, grads)
+
+    # Detached aliases, cached once: autograd refuses to lerp leaves, and no_grad costs host time.
+    aliases = [parameter.detach() for parameter in parameters]
+    shadow_dtype = torch.promote_types(aliases[0].dtype, torch.float32)
+    shadows = [alias.to(shadow_dtype, copy=True) for alias in aliases]
+    update = average(shadows, aliases)
+
+    def step() -> None:
+        optimizer.step()
+        update()
+
+    return Step(step, optimizer, parameters, grads, shadows)
+
+
+FUSED_IS_WRONG = "refused, wrong for half types on the CPU (pytorch #191763)"
+
+
+def providers(op: Op, device: torch.device, dtype: torch.dtype) -> list[Provider]:
+    """Returns the contestants of an op, fused_opt first."""
+    half = dtype.itemsize == 2
+    refusal = FUSED_IS_WRONG if half and device.type == "cpu" else None
+    implementations = {"fused": {"fused": True}, "foreach": {"foreach": True}}
+    if refusal:  # without the fused step, the plain loop is torch's fastest on large tensors
+        implementations["for-loop"] = {"foreach": False}
+    averages: dict[str, Average | None] = {"": None}
+    if op.ema:
+        averages = {" + foreach_lerp_": foreach_lerp}
+        if half:
+            averages[" + float().lerp_"] = float_lerp
+
+    contestants = [Provider("fused_opt", partial(fused_opt_sgd, ema=op.ema), is_torch=False)]
+    for name, options in implementations.items():
+        for suffix, average in averages.items():
+            setup = partial(torch_sgd, average=average, implementation=options)
+            why = refusal if name == "fused" else None
+            contestants.append(Provider(f"torch {name}{suffix}", setup, refusal=why))
+    return contestants

@@ -1,0 +1,93 @@
+"""The machine's roof: the best memory bandwidth that simple code reaches on plain big arrays.
+
+Each probe moves through one arena, as large as all the tensors of the op together. `mul_` reads and
+writes one stream. On the CPU a probe of our own (probe.cpp) has the streams of the op itself and
+tries several prefetch distances; on CUDA the second probe is a device-to-device copy. All values
+are restored by a second run, so nothing drifts towards denormals or infinity.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .providers import Op
+from .reference import samples
+
+PREFETCH_DISTANCES = (0, 256, 512, 1024)  # elements ahead
+LINE = 16  # fp32 elements in a cache line: streams start on a line of their own
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A loop that moves a known number of bytes per run."""
+
+    name: str
+    run: Callable[[], object]
+    moved_bytes: int
+
+
+@cache
+def compiled_probe() -> Callable[..., None]:
+    """Compiles probe.cpp for this machine with the system's C++ compiler and loads it."""
+    source = Path(__file__).with_name("probe.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "probe.so")
+        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17"]
+        subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True)
+        function = ctypes.CDLL(str(library)).probe
+    pointer, int64 = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, ctypes.c_int, pointer, int64, int64, ctypes.c_int]
+    function.restype = None
+    return function
+
+
+def cpu_probes(arena: Tensor, written: int, threads: int) -> list[Probe]:
+    """Returns our own probe in each of its prefetch variants, checked.
+
+    Args:
+        arena: The memory to use, split into `written` streams and one that is only read.
+        written: Number of streams that are read and written.
+        threads: Number of OpenMP threads.
+    """
+    length = arena.numel() // (written + 1) // LINE * LINE
+    *streams, read = arena[: length * (written + 1)].view(written + 1, length)
+    pointers = (ctypes.c_void_p * written)(*(stream.data_ptr() for stream in streams))
+    function = compiled_probe()
+
+    def variant(ahead: int) -> Callable[[], None]:
+        return lambda: function(pointers, written, read.data_ptr(), length, ahead, threads)
+
+    probes = []
+    for ahead in PREFETCH_DISTANCES:
+        run = variant(ahead)
+        expected = samples([read] * written) - samples(streams)
+        run()
+        if not torch.equal(samples(streams).float(), expected.float()):
+            raise RuntimeError(f"the roof probe with prefetch {ahead} computes wrong values")
+        moved = (2 * written + 1) * length * arena.itemsize
+        probes.append(Probe(f"roof: probe, prefetch {ahead}", run, moved))
+    return probes
+
+
+def copy_probe(arena: Tensor) -> Probe:
+    """Returns a copy of one half of the arena over the other."""
+    source, target = arena[: arena.numel() // 2 * 2].view(2, -1)
+    return Probe("roof: copy_", lambda: target.copy_(source), 2 * source.nbytes)
+
+
+def probes(op: Op, footprint: int, device: torch.device, threads: int) -> list[Probe]:
+    """Returns the probes of an op, over an arena of `footprint` bytes."""
+    arena = torch.randn(footprint // 4, device=device)
+    mul = Probe("roof: mul_", lambda: arena.mul_(-1.0), 2 * arena.nbytes)
+    if device.type == "cuda":
+        return [mul, copy_probe(arena)]
+    return [mul, *cpu_probes(arena, written=3 if op.ema else 2, threads=threads)]
