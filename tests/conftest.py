@@ -17,7 +17,7 @@ TEST_THREADS = 2
 
 # The same examples in every run: a failure that a change causes is never a matter of luck.
 settings.register_profile(
-    "fused_opt", derandomize=True, max_examples=60, deadline=None, database=None
+    "fused_opt", derandomize=True, max_examples=100, deadline=None, database=None
 )
 settings.load_profile("fused_opt")
 

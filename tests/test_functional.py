@@ -257,7 +257,11 @@ def test_update_follows_the_equation(decay, dtype, shadow_dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decay_of_zero_copies_and_of_one_keeps(dtype, device):
-    shadows, params = tensors(dtype, device, 1), tensors(dtype, device, 2)
+    # To the last bit, and whatever infinity or NaN stands on the other side.
+    special = torch.tensor([0.0, -0.0, 1.0, -3.0, float("inf"), float("-inf"), float("nan")])
+    grid = torch.meshgrid(special, special, indexing="ij")
+    a, b = (t.to(device, dtype).contiguous() for t in grid)
+    shadows, params = [*tensors(dtype, device, 1), a], [*tensors(dtype, device, 2), b]
     before = copies(shadows)
     ema_update_(shadows, params, decay=1.0)
     for s, old in zip(shadows, before, strict=True):

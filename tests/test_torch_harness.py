@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
+
 import torch
 from reference import random_tensor
 from torch import Tensor
