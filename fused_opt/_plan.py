@@ -112,6 +112,20 @@ class Plan:
         params, left = self._native.untouched(shadows)
         self.add_ema(params, left, decay)
 
+    def run_ema(
+        self,
+        shadows: dict[Tensor, Tensor],
+        decay: float,
+        subject: Callable[[str, Tensor], str],
+    ) -> None:
+        """A whole step that updates averages alone."""
+        self.clear(subject)
+        try:
+            self.add_remaining_ema(shadows, decay)
+            self.run()
+        finally:
+            self.clear(subject)
+
     def run(self) -> None:
         """Checks what can only be checked on the whole, then updates everything.
 

@@ -140,12 +140,7 @@ class EMA:
                 "update: this EMA is attached to an optimizer, whose every step updates it; "
                 "detach it with `optimizer.ema = None` to update it yourself"
             )
-        self._plan.clear(self._subject)
-        try:
-            self._plan.add_remaining_ema(self._shadow_of, self.decay)
-            self._plan.run()
-        finally:
-            self._plan.clear(self._subject)
+        self._plan.run_ema(self._shadow_of, self.decay, self._subject)
         self.num_updates += 1
 
     def _subject(self, stream: str, param: Tensor) -> str:

@@ -308,9 +308,7 @@ class SGD(torch.optim.SGD):
                     self._keep_momentum(param, new_momentum, hyper.formulation)
         if self._ema is not None:
             with torch.no_grad():
-                self._plan.clear(self._subject)
-                self._plan.add_remaining_ema(self._ema._shadow_of, self._ema.decay)
-                self._plan.run()
+                self._plan.run_ema(self._ema._shadow_of, self._ema.decay, self._subject)
 
     def _subject(self, stream: str, param: Tensor) -> str:
         """Names a tensor at fault by its parameter's place in ``param_groups``."""

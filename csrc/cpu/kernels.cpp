@@ -20,7 +20,7 @@ using rules::SgdRule;
 constexpr int kBlock = 128;
 
 // How far ahead to fetch. The hardware prefetchers stop at page ends and lose track of seven
-// streams; on ResNet-50 shapes this is worth 8 %.
+// streams; on a tensor of 25 million elements this is worth 8 %.
 constexpr int kPrefetchBytes = 2048;
 
 template <typename E>
