@@ -1,32 +1,66 @@
 """Which nvcc and which GPU architectures this build uses: the one place that decides.
 
 CMake runs this file (``python fused_opt/_toolchain.py --cmake``) before it enables CUDA, because
-CMake takes whatever nvcc it meets first and fails there when that one is broken. Standard library
-only, Python 3.9 or newer, and no import of the package: it must run before anything is built.
+CMake takes whatever nvcc it meets first and fails there when that one is broken. The doctor asks it
+too. Standard library only, Python 3.9 or newer, and no import of the package: it must run before
+anything is built.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-DEFAULT_ARCHS = (75, 80, 86, 89, 90, 100, 120)
-"""Turing to Blackwell, the large and the small chips of each; PTX at both ends covers the rest."""
 
 MIN_RELEASE = (12, 1)
 """The first nvcc whose kernels accept 32,764 bytes of parameters; older ones stop at 4,096."""
 
+MIN_ARCH = 70
+"""The first architecture that accepts them."""
+
+DEFAULT_ARCHS = (75, 80, 86, 89, 90, 100, 120)
+"""Turing to Blackwell, the large and the small chips of each; PTX at both ends covers the rest."""
+
+ARCH_VARIABLES = ("FUSED_OPT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDAARCHS")
+"""Where a person names architectures; the first that is not blank counts."""
+
+FAMILIES = {
+    "kepler+tegra": (32,),
+    "kepler+tesla": (37,),
+    "kepler": (35,),
+    "maxwell+tegra": (53,),
+    "maxwell": (50, 52),
+    "pascal": (60, 61),
+    "volta+tegra": (72,),
+    "volta": (70,),
+    "turing": (75,),
+    "ampere+tegra": (87,),
+    "ampere": (80, 86),
+    "ada": (89,),
+    "hopper": (90,),
+    "blackwell+tegra": (110,),
+    "blackwell": (100, 103, 120, 121),
+}
+"""The names that ``TORCH_CUDA_ARCH_LIST`` takes, with the architectures torch means by them."""
+
+TOOLS = ("cudafe++", "ptxas", "fatbinary", "nvlink")
+"""What nvcc runs by name alone, so that PATH decides whose they are."""
+
 PROBE_SOURCE = "__global__ void probe() {}\nint main() { probe<<<1, 1>>>(); return 0; }\n"
 PROBE_TIMEOUT_S = 120
 CUDA_ROOT_PARENT = Path("/usr/local")
+
+Release = tuple[int, int]
 
 
 class ToolchainError(Exception):
@@ -44,13 +78,52 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Nvcc:
-    """A healthy nvcc: new enough, and able to compile and link a kernel."""
+class Tool:
+    """A program that an nvcc runs."""
 
+    name: str
     path: str
-    release: tuple[int, int]
-    archs: tuple[int, ...]
+    """Empty: there is none on the PATH that nvcc uses."""
+    release: Release | None
+    """None: it does not tell."""
+
+    def __str__(self) -> str:
+        release = f"CUDA {_dotted(self.release)}" if self.release else "of no known release"
+        return f"{self.path} ({release})" if self.path else f"{self.name} (not to be found)"
+
+
+@dataclass(frozen=True)
+class Nvcc:
+    """All that is known of a candidate, healthy or not."""
+
+    candidate: Candidate
+    release: Release | None = None
+    tools: tuple[Tool, ...] = ()
+    host_compiler: str | None = None
+    """Name and version of the C++ compiler that it calls."""
+    default_arch: int | None = None
+    """What it builds for when no architecture is named, as when CMake identifies it."""
+    archs: tuple[int, ...] = ()
     """Every architecture it can compile for, ascending."""
+    library_dirs: tuple[str, ...] = ()
+    """Where the CUDA runtime lies, if not where nvcc itself looks (pip's toolkit)."""
+    problem: str | None = None
+    """What is wrong with it and what to set; None: healthy."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """The file that is run."""
+        return self.candidate.path
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it can build this project."""
+        return self.problem is None
+
+    def __str__(self) -> str:
+        release = f"CUDA {_dotted(self.release)}, " if self.release else ""
+        return f"{self.path} ({release}from {self.candidate.source})"
 
 
 @dataclass(frozen=True)
@@ -59,20 +132,14 @@ class Toolchain:
 
     nvcc: Nvcc | None
     cubins: tuple[int, ...] = ()
+    """Machine code, ascending."""
+    ptx: tuple[int, ...] = ()
+    """Code that a driver compiles for GPUs that have no cubin here, ascending."""
     notes: tuple[str, ...] = ()
     """Lines that a person should see even though the build goes on."""
 
-    @property
-    def ptx(self) -> tuple[int, ...]:
-        """Architectures kept as PTX, which a driver compiles for GPUs that have no cubin here.
 
-        The lowest and the highest: PTX serves only chips of its own number or above, so that
-        compute_120 alone would leave out sm_110.
-
-        >>> Toolchain(None, (75, 80, 90)).ptx
-        (75, 90)
-        """
-        return tuple(sorted({self.cubins[0], self.cubins[-1]})) if self.cubins else ()
+# ---- The answer ----------------------------------------------------------------------------------
 
 
 def resolve(environ: Mapping[str, str] | None = None) -> Toolchain:
@@ -81,8 +148,9 @@ def resolve(environ: Mapping[str, str] | None = None) -> Toolchain:
     Args:
         environ: the environment to read; the process's own if None. ``FUSED_OPT_CUDA`` is ``0``
             (no CUDA), ``1`` (CUDA or an error) or ``auto`` (CUDA if there is an nvcc).
-            ``FUSED_OPT_NVCC``, ``CUDACXX``, ``CUDA_HOME`` and ``CUDA_PATH`` name a compiler;
-            ``FUSED_OPT_CUDA_ARCHS`` names architectures (``"90"``, ``"80;90"``).
+            ``FUSED_OPT_NVCC``, ``CUDACXX``, ``CUDA_HOME`` and ``CUDA_PATH`` name a compiler,
+            ``CUDAHOSTCXX`` the C++ compiler that it calls; ``FUSED_OPT_CUDA_ARCHS``,
+            ``TORCH_CUDA_ARCH_LIST`` and ``CUDAARCHS`` name architectures.
 
     Raises:
         ToolchainError: a request cannot be met, or every nvcc found is unusable.
@@ -90,59 +158,61 @@ def resolve(environ: Mapping[str, str] | None = None) -> Toolchain:
     environ = os.environ if environ is None else environ
     mode = environ.get("FUSED_OPT_CUDA", "").strip().lower() or "auto"
     if mode not in ("0", "1", "auto"):
-        raise ToolchainError(f"FUSED_OPT_CUDA is 0, 1 or auto, found {mode!r}")
+        raise ToolchainError(f"FUSED_OPT_CUDA is 0, 1 or auto, found {mode!r}.")
     if mode == "0":
         return Toolchain(None, notes=("building a CPU-ONLY module, as FUSED_OPT_CUDA=0 asks",))
 
-    nvcc, refused = find_nvcc(environ)
-    if nvcc is not None:
-        cubins = choose_archs(environ.get("FUSED_OPT_CUDA_ARCHS", ""), nvcc)
-        return Toolchain(nvcc, cubins, tuple(f"passed over {reason}" for reason in refused))
+    driver = driver_release()
+    refused: list[Nvcc] = []
+    for candidate in candidates(environ):
+        nvcc = inspect_nvcc(candidate, environ, driver)
+        if nvcc.healthy:
+            cubins, ptx, remarks = choose_archs(environ, nvcc)
+            passed_over = (f"passed over {other}: {other.problem}" for other in refused)
+            return Toolchain(nvcc, cubins, ptx, (*passed_over, *nvcc.warnings, *remarks))
+        if candidate.explicit:
+            raise ToolchainError(
+                f"{nvcc}: {nvcc.problem}\n"
+                f"Correct {candidate.source} or unset it to let the build choose."
+            )
+        refused.append(nvcc)
     if refused:
-        listing = "".join(f"\n  {reason}" for reason in refused)
         raise ToolchainError(
-            f"no nvcc on this machine is usable:{listing}\n"
-            "Set FUSED_OPT_NVCC to a working nvcc, or FUSED_OPT_CUDA=0 to build for the CPU only."
+            "no nvcc on this machine is usable:"
+            + "".join(f"\n  {nvcc}: {nvcc.problem}" for nvcc in refused)
+            + "\nFUSED_OPT_NVCC names another nvcc; FUSED_OPT_CUDA=0 builds for the CPU only."
         )
     if mode == "1":
         raise ToolchainError(
-            "FUSED_OPT_CUDA=1 asks for CUDA, but there is no nvcc on PATH or in "
-            f"{CUDA_ROOT_PARENT}/cuda*. Install the CUDA toolkit or set FUSED_OPT_NVCC to its nvcc."
+            f"FUSED_OPT_CUDA=1 asks for CUDA, but there is no nvcc on PATH, in {CUDA_ROOT_PARENT}"
+            "/cuda* or among Python's packages. Install the CUDA toolkit, 12.1 or newer, or set "
+            "FUSED_OPT_NVCC to its nvcc."
         )
     note = "NO NVCC FOUND: building a CPU-ONLY module (FUSED_OPT_NVCC=/path/to/nvcc adds CUDA)"
     return Toolchain(None, notes=(note,))
 
 
-def find_nvcc(environ: Mapping[str, str]) -> tuple[Nvcc | None, tuple[str, ...]]:
-    """Returns the first healthy nvcc, and why each one before it was refused.
+def survey(environ: Mapping[str, str]) -> tuple[Nvcc, ...]:
+    """Inspects every candidate, in the order in which the build would try them."""
+    driver = driver_release()
+    return tuple(inspect_nvcc(candidate, environ, driver) for candidate in candidates(environ))
 
-    Raises:
-        ToolchainError: a candidate that a person named is unusable.
-    """
-    refused: list[str] = []
-    for candidate in candidates(environ):
-        try:
-            return inspect_nvcc(candidate.path, environ), tuple(refused)
-        except ToolchainError as error:
-            reason = f"{candidate.path} (from {candidate.source}): {error}"
-            if candidate.explicit:
-                raise ToolchainError(
-                    f"{reason}\nCorrect {candidate.source} or unset it to let the build choose."
-                ) from None
-            refused.append(reason)
-    return None, tuple(refused)
+
+# ---- Candidates ----------------------------------------------------------------------------------
 
 
 def candidates(environ: Mapping[str, str]) -> Iterator[Candidate]:
-    """Yields every nvcc to try, best first, each file once."""
+    """Yields every nvcc to try, best first, each file once.
+
+    Two names are one file if their folders are the same: nvcc looks for its tools beside the name
+    it was called by, so that a link to it in another folder is another compiler.
+    """
     seen: set[Path] = set()
-    for candidate in _explicit_candidates(environ):
-        seen.add(Path(candidate.path).resolve())
-        yield candidate
-    for candidate in _implicit_candidates(environ):
-        real = Path(candidate.path).resolve()
-        if real not in seen and real.is_file() and os.access(real, os.X_OK):
-            seen.add(real)
+    for candidate in (*_explicit_candidates(environ), *_implicit_candidates(environ)):
+        path = Path(candidate.path)
+        place = path.parent.resolve() / path.name
+        if candidate.explicit or (place not in seen and _is_executable(path)):
+            seen.add(place)
             yield candidate
 
 
@@ -165,116 +235,363 @@ def _implicit_candidates(environ: Mapping[str, str]) -> Iterator[Candidate]:
     versioned = sorted(CUDA_ROOT_PARENT.glob("cuda-*"), key=_version_in_name, reverse=True)
     for root in [CUDA_ROOT_PARENT / "cuda", *versioned]:
         yield Candidate(str(root / "bin" / "nvcc"), str(root), False)
+    for folder in _package_folders():  # nvidia/cu13, nvidia/cuda_nvcc
+        roots = sorted(Path(folder).glob("nvidia/cu*"), key=_version_in_name, reverse=True)
+        for root in roots:
+            yield Candidate(str(root / "bin" / "nvcc"), "pip", False)
+
+
+def _package_folders() -> list[str]:
+    """Returns where pip installs; an isolated build hides some of these from ``sys.path``."""
+    paths = sysconfig.get_paths()
+    return [paths["purelib"], paths["platlib"], site.getusersitepackages(), *filter(None, sys.path)]
 
 
 def _version_in_name(path: Path) -> tuple[int, ...]:
     return tuple(int(digits) for digits in re.findall(r"\d+", path.name))
 
 
-def inspect_nvcc(path: str, environ: Mapping[str, str]) -> Nvcc:
-    """Checks one nvcc and returns what it can do.
+def _is_executable(path: Path) -> bool:
+    return path.is_file() and os.access(path, os.X_OK)
 
-    Raises:
-        ToolchainError: it is missing, too old, or cannot compile and link a kernel.
+
+# ---- Health --------------------------------------------------------------------------------------
+
+
+def inspect_nvcc(
+    candidate: Candidate, environ: Mapping[str, str], driver: Release | None = None
+) -> Nvcc:
+    """Finds out what an nvcc is and whether it can build this project.
+
+    Args:
+        candidate: the nvcc; what makes it unusable is told in ``problem``, never raised.
+        environ: the environment in which the build would run it.
+        driver: the newest CUDA release that this machine's driver runs; None: no driver.
     """
-    if not Path(path).exists():
-        raise ToolchainError("there is no such file")
-    if not (Path(path).is_file() and os.access(path, os.X_OK)):
-        raise ToolchainError("it is not an executable file")
-    status, output = _run([path, "--version"], environ)
-    match = re.search(r"release (\d+)\.(\d+)", output)
-    if status != 0 or match is None:
-        raise ToolchainError(f"`nvcc --version` names no release: {_gist(output)}")
-    release = (int(match[1]), int(match[2]))
-    if release < MIN_RELEASE:
-        raise ToolchainError(
-            f"it is CUDA {_dotted(release)}, and CUDA {_dotted(MIN_RELEASE)} or newer is needed "
-            "(kernel parameters above 4 KB)"
-        )
-    _compile_probe(path, environ)
-    _, output = _run([path, "--list-gpu-arch"], environ)
+    path = Path(candidate.path)
+    if not path.exists():
+        return Nvcc(candidate, problem="there is no such file.")
+    if not _is_executable(path):
+        return Nvcc(candidate, problem="it is not an executable file.")
+    _, output = _run([candidate.path, "--version"], environ)
+    release = _release(output)
+    if release is None:
+        return Nvcc(candidate, problem=f"`nvcc --version` names no release: {_gist(output)}.")
+
+    _, output = _run([candidate.path, "--list-gpu-arch"], environ)
     archs = sorted({int(digits) for digits in re.findall(r"^compute_(\d+)\s*$", output, re.M)})
-    if not archs:
-        raise ToolchainError(f"`nvcc --list-gpu-arch` lists none: {_gist(output)}")
-    return Nvcc(path, release, tuple(archs))
-
-
-def _compile_probe(path: str, environ: Mapping[str, str]) -> None:
-    """Compiles and links a kernel with no architecture flag, as CMake does to identify nvcc."""
-    host_compiler = environ.get("CUDAHOSTCXX", "").strip()
-    host_flags = ["-ccbin", host_compiler] if host_compiler else []
+    nvcc = Nvcc(candidate, release, archs=tuple(archs))
     with tempfile.TemporaryDirectory(prefix="fused_opt_nvcc_") as folder:
         source = Path(folder) / "probe.cu"
         source.write_text(PROBE_SOURCE, encoding="ascii")
-        command = [path, str(source), "-o", str(source.with_suffix("")), *host_flags]
-        status, output = _run(command, environ)
-    if status != 0:
-        raise ToolchainError(f"it cannot compile and link an empty kernel: {_gist(output)}")
+        # No architecture: so CMake identifies an nvcc, and there broken ones fail.
+        probe = [nvcc.path, str(source), "-o", str(source.with_suffix(""))]
+        host_compiler = environ.get("CUDAHOSTCXX", "").strip()
+        probe += ["-ccbin", host_compiler] if host_compiler else []
+        nvcc = _with_dry_run(nvcc, probe, environ)
+        problem = next(_problems(nvcc, probe, environ, driver), None)
+    return replace(nvcc, problem=problem, warnings=tuple(_warnings(nvcc, driver)))
 
 
-def choose_archs(request: str, nvcc: Nvcc) -> tuple[int, ...]:
-    """Returns the architectures to build, ascending.
+def _with_dry_run(nvcc: Nvcc, probe: Sequence[str], environ: Mapping[str, str]) -> Nvcc:
+    """Adds what nvcc's own dry run tells: the programs that it would really run, and how.
+
+    Its lines are ``#$ NAME=value`` and ``#$ command``. nvcc runs its tools along the PATH that it
+    prints there, and a wrapper script around it leaves the lines as they are.
+    """
+    _, output = _run([*probe, "--dryrun"], environ)
+    values = dict(re.findall(r"^#\$ (\w+)=(.*)", output, re.M))
+    commands = re.findall(r"^#\$ (?!\w+=)(.*)", output, re.M)
+    if not commands:  # It stops before them where it has no host compiler; the probe will tell.
+        return nvcc
+    path = values.get("PATH", "")
+
+    def locate(program: str) -> str:
+        return shutil.which(program, path=path) or ""
+
+    def version(program: str) -> str:
+        return _run([program, "--version"], environ)[1] if program else ""
+
+    tools = [(name, locate(name)) for name in TOOLS]
+    (linker,) = re.findall(r'^(?:"[^"]*"|[^"\s])+', commands[-1])
+    linker = linker.replace('"', "")
+    numbers = re.findall(r"\d+(?:\.\d+)+", version(locate(linker)).partition("\n")[0])
+    arch = re.search(r"-arch[ =](?:compute|sm)_(\d+)", "\n".join(commands))
+    return replace(
+        nvcc,
+        tools=tuple(Tool(name, where, _release(version(where))) for name, where in tools),
+        host_compiler=" ".join([Path(linker).name, *numbers[-1:]]),
+        default_arch=int(arch[1]) if arch else None,
+        library_dirs=_library_dirs(values),
+    )
+
+
+def _library_dirs(values: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns where the CUDA runtime lies if nvcc does not look there: pip's toolkit has no lib64.
 
     Args:
-        request: the value of ``FUSED_OPT_CUDA_ARCHS``; blank asks for the default list.
-        nvcc: the compiler that must be able to build them.
+        values: the settings that nvcc prints in a dry run.
+    """
+    runtime = "libcudart_static.a"
+    searched = re.findall(r'"-L(.*?)"', values.get("LIBRARIES", ""))
+    folder = Path(values.get("_HERE_", ".")).parent / "lib"
+    if any((Path(place) / runtime).exists() for place in searched):
+        return ()
+    return (str(folder),) if (folder / runtime).exists() else ()
+
+
+def _problems(
+    nvcc: Nvcc, probe: Sequence[str], environ: Mapping[str, str], driver: Release | None
+) -> Iterator[str]:
+    """Yields what makes it unusable, each with its cure; the costly check comes last."""
+    release = nvcc.release or (0, 0)
+    if release < MIN_RELEASE:
+        yield (
+            f"CUDA {_dotted(MIN_RELEASE)} or newer is needed (kernel parameters above 4 KB). "
+            "Install a newer toolkit, or set FUSED_OPT_NVCC to a newer nvcc."
+        )
+    if driver and release[0] > driver[0] and not nvcc.candidate.explicit:
+        yield (
+            f"{_beyond(driver)}. Update the driver or install a CUDA {driver[0]} toolkit; "
+            f"FUSED_OPT_NVCC={nvcc.path} takes this one all the same."
+        )
+    strange = [tool for tool in nvcc.tools if tool.release != release]
+    if strange:
+        yield _mixed(nvcc, f"it runs {', '.join(map(str, strange))}")
+    if not nvcc.archs:
+        yield f"`nvcc --list-gpu-arch` lists no architecture. {_way_out(nvcc)}"
+    folders = [f"-L{folder}" for folder in nvcc.library_dirs]
+    status, output = _run([*probe, *folders], environ)
+    if status != 0:
+        yield _diagnosis(nvcc, output)
+
+
+def _warnings(nvcc: Nvcc, driver: Release | None) -> Iterator[str]:
+    """Yields what a person should know of a compiler that they named themselves."""
+    if driver and nvcc.release and nvcc.release[0] > driver[0] and nvcc.candidate.explicit:
+        yield f"{nvcc}: {_beyond(driver)}"
+
+
+def _beyond(driver: Release) -> str:
+    return (
+        f"what it builds cannot run here, for this machine's driver ends at CUDA {_dotted(driver)}"
+    )
+
+
+def _diagnosis(nvcc: Nvcc, output: str) -> str:
+    """Returns what the output of a failed compilation means, and the cure."""
+    host_compiler = re.search(r"unsupported \w+ version!.*?(?:later than (\d+).*?!|\n)", output)
+    if host_compiler:
+        accepted = f", such as g++-{host_compiler[1]}" if host_compiler[1] else ""
+        return (
+            f"it does not accept the host compiler {nvcc.host_compiler}: "
+            f"{host_compiler[0].strip(' .!')}. Set CUDAHOSTCXX to one that it accepts{accepted}, "
+            "or FUSED_OPT_NVCC to a newer nvcc."
+        )
+    if "preprocess host compiler" in output:
+        return (
+            f"its host compiler does not run: {_gist(output)}. Install g++, or set CUDAHOSTCXX to "
+            "a C++ compiler."
+        )
+    for tool in nvcc.tools:
+        if re.search(rf"^{re.escape(tool.name)}\b", output, re.M):
+            return _mixed(nvcc, f"with no architecture named, its {tool} fails: {_gist(output)}")
+    return f"it cannot compile and link an empty kernel: {_gist(output)}. {_way_out(nvcc)}"
+
+
+def _mixed(nvcc: Nvcc, finding: str) -> str:
+    return f"mixed or broken toolkit: {finding}. {_way_out(nvcc)}"
+
+
+def _way_out(nvcc: Nvcc) -> str:
+    path = Path(nvcc.path)
+    if path.is_symlink():
+        return (
+            "It is a link, and nvcc looks for its parts beside the link: set FUSED_OPT_NVCC to "
+            f"{path.resolve()}."
+        )
+    return (
+        "Set FUSED_OPT_NVCC to the nvcc of a toolkit that is whole, or reinstall this one and "
+        "put its bin folder first on PATH."
+    )
+
+
+# ---- Architectures -------------------------------------------------------------------------------
+
+
+def choose_archs(
+    environ: Mapping[str, str], nvcc: Nvcc
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
+    """Returns cubins, PTX and remarks: what a person named, else the default that nvcc can build.
+
+    PTX is kept at both ends, besides where it is asked for, since it serves only chips of its own
+    number or above: compute_120 alone would leave out sm_110.
 
     Raises:
-        ToolchainError: the request is malformed, or names one that this nvcc cannot build.
+        ToolchainError: a request is malformed, or names what this nvcc or the kernels cannot do.
     """
-    compiler = f"{nvcc.path} (CUDA {_dotted(nvcc.release)})"
-    requested = parse_archs(request)
-    if not requested:
-        cubins = tuple(arch for arch in DEFAULT_ARCHS if arch in nvcc.archs)
+    buildable = tuple(arch for arch in nvcc.archs if arch >= MIN_ARCH)
+    requests = [(name, environ.get(name, "")) for name in ARCH_VARIABLES]
+    variable, request = next(((n, r) for n, r in requests if r.strip(" ;,\t\n")), ("", ""))
+    if not variable:
+        cubins = tuple(arch for arch in DEFAULT_ARCHS if arch in buildable)
         if not cubins:
-            raise ToolchainError(f"{compiler} builds none of {_listed(DEFAULT_ARCHS)}")
-        return cubins
-    missing = [arch for arch in requested if arch not in nvcc.archs]
+            raise ToolchainError(
+                f"{nvcc} builds none of {_listed(DEFAULT_ARCHS)}. FUSED_OPT_CUDA_ARCHS names "
+                "architectures of your own."
+            )
+        return cubins, _ends(cubins), ()
+    asked = parse_archs(request, variable, buildable)
+    named = sorted({*asked.cubins, *asked.ptx})
+    for arch in named:
+        if arch < MIN_ARCH:
+            raise ToolchainError(
+                f"{variable}={request} names {arch}, and the kernels need {MIN_ARCH} (Volta) or "
+                f"newer, for parameters above 4 KB. Set FUSED_OPT_CUDA_ARCHS to newer ones."
+            )
+    missing = [arch for arch in named if arch not in buildable]
     if missing:
         raise ToolchainError(
-            f"FUSED_OPT_CUDA_ARCHS names {_listed(missing)}, which {compiler} cannot build. "
-            f"It builds {_listed(nvcc.archs)}."
+            f"{variable}={request} names {_listed(missing)}, which {nvcc} cannot build; it builds "
+            f"{_listed(buildable)}. Set FUSED_OPT_CUDA_ARCHS to some of these, or FUSED_OPT_NVCC "
+            "to an nvcc that builds what you name."
         )
-    return requested
+    return asked.cubins, tuple(sorted({*asked.ptx, *_ends(named)})), asked.remarks
 
 
-def parse_archs(request: str) -> tuple[int, ...]:
-    """Reads a list of architectures separated by semicolons, commas or spaces.
+def _ends(archs: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted({archs[0], archs[-1]}))
 
-    >>> parse_archs("90;80, 9.0")
-    (80, 90)
+
+@dataclass(frozen=True)
+class Request:
+    """Architectures that a person named, ascending."""
+
+    cubins: tuple[int, ...]
+    ptx: tuple[int, ...]
+    """Those for which PTX was asked for, with or without a cubin."""
+    remarks: tuple[str, ...] = ()
+
+
+def parse_archs(request: str, variable: str, buildable: Sequence[int] = ()) -> Request:
+    """Reads architectures, separated by semicolons, commas or spaces.
+
+    An item is ``90`` or ``9.0``, with torch's ``+PTX`` or CMake's ``-real`` or ``-virtual``; a name
+    such as ``Hopper``; ``all``, ``all-major`` or ``native``.
+
+    >>> parse_archs("9.0; 8.0+PTX, Ampere", "TORCH_CUDA_ARCH_LIST")
+    Request(cubins=(80, 86, 90), ptx=(80, 86), remarks=())
+    >>> parse_archs("86-real 90-virtual", "CUDAARCHS")
+    Request(cubins=(86,), ptx=(90,), remarks=())
+
+    Args:
+        request: the value of the variable.
+        variable: its name, for messages.
+        buildable: what ``all`` and ``all-major`` mean.
 
     Raises:
-        ToolchainError: an item is not an architecture number.
+        ToolchainError: an item is none of these, or ``native`` is asked for and there is no GPU.
     """
-    found: set[int] = set()
-    for item in re.split(r"[;,\s]+", request.strip()):
-        match = re.fullmatch(r"(\d{1,2})\.?(\d)", item)
-        if match:
-            found.add(int(match[1] + match[2]))
-        elif item:
+    cubins: set[int] = set()
+    ptx: set[int] = set()
+    remarks: list[str] = []
+    for item in filter(None, re.split(r"[;,\s]+", request)):
+        word = item.lower()
+        number = re.fullmatch(r"(\d{1,2})\.?(\d)([af]?)(\+ptx|-real|-virtual)?", word)
+        family = FAMILIES.get(word) or FAMILIES.get(re.sub(r"\+ptx$", "", word))
+        if number:
+            arch = int(number[1] + number[2])
+            if number[4] != "-virtual":
+                cubins.add(arch)
+            if number[4] in ("+ptx", "-virtual"):
+                ptx.add(arch)
+            if number[3]:
+                remarks.append(
+                    f"{variable}: {item} is built as plain {arch}, which loses nothing: "
+                    "the kernels use no instruction of one architecture alone"
+                )
+        elif family:
+            cubins.update(family)
+            ptx.add(family[-1])
+        elif word == "all":
+            cubins.update(buildable)
+        elif word == "all-major":
+            cubins.update({arch // 10: arch for arch in reversed(buildable)}.values())
+        elif word == "native":
+            cubins.update(_native_archs(variable))
+        else:
             raise ToolchainError(
-                f"FUSED_OPT_CUDA_ARCHS: {item!r} is no architecture; write numbers, as in 80;90"
+                f"{variable}={request}: {item!r} is no architecture. Write numbers such as 90 or "
+                "9.0+PTX, names such as Hopper, or one of all, all-major and native."
             )
-    return tuple(sorted(found))
+    return Request(tuple(sorted(cubins)), tuple(sorted(ptx)), tuple(remarks))
 
 
-def cmake_lines(toolchain: Toolchain) -> str:
-    """Returns what CMake reads: KEY=VALUE lines, with an empty NVCC for CPU-only.
+def code_for(capability: int, cubins: Sequence[int], ptx: Sequence[int]) -> str | None:
+    """Returns what a GPU would run: "cubin", "ptx" (compiled by its driver at first use) or None.
 
-    In CMake's own list "80-real" is a cubin alone and "75" a cubin with PTX. The other lists become
-    compile definitions, which a semicolon would break.
+    A cubin serves GPUs of its own major number and the same or a higher minor one; PTX serves all
+    of its number and above.
+
+    >>> code_for(86, [80, 90], [80]), code_for(120, [80, 90], [90]), code_for(75, [80], [80])
+    ('cubin', 'ptx', None)
+
+    Args:
+        capability: the GPU's compute capability without the dot.
+        cubins: the architectures for which there is machine code.
+        ptx: those for which there is PTX.
     """
-    nvcc, ptx = toolchain.nvcc, toolchain.ptx
-    cmake_archs = [f"{arch}" if arch in ptx else f"{arch}-real" for arch in toolchain.cubins]
-    values = {
-        "NVCC": nvcc.path if nvcc else "",
-        "CUDA_VERSION": _dotted(nvcc.release) if nvcc else "",
-        "CUDA_ARCHS": ",".join(map(str, toolchain.cubins)),
-        "PTX_ARCHS": ",".join(map(str, ptx)),
-        "CMAKE_CUDA_ARCHITECTURES": ";".join(cmake_archs),
-    }
-    return "\n".join(f"{key}={value}" for key, value in values.items())
+    if any(arch // 10 == capability // 10 and arch <= capability for arch in cubins):
+        return "cubin"
+    return "ptx" if any(arch <= capability for arch in ptx) else None
+
+
+# ---- The driver ----------------------------------------------------------------------------------
+
+
+def _driver_library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
+def driver_release() -> Release | None:
+    """Returns the newest CUDA release that the driver here runs; None: there is no driver."""
+    library = _driver_library()
+    number = ctypes.c_int()
+    if library is None or library.cuDriverGetVersion(ctypes.byref(number)) != 0:
+        return None
+    return number.value // 1000, number.value % 1000 // 10
+
+
+def _native_archs(variable: str) -> list[int]:
+    """Returns the compute capabilities of this machine's GPUs, without their dots.
+
+    Raises:
+        ToolchainError: there is no GPU that the driver can use.
+    """
+    library = _driver_library()
+    count = ctypes.c_int()
+    if library and library.cuInit(0) == 0:
+        library.cuDeviceGetCount(ctypes.byref(count))
+    if library is None or count.value == 0:
+        raise ToolchainError(
+            f"{variable} asks for native, the architecture of this machine's GPU, and there is no "
+            f"{'driver' if library is None else 'GPU'} here. Name it instead, as in {variable}=90."
+        )
+    return [_capability(library, device) for device in range(count.value)]
+
+
+def _capability(library: ctypes.CDLL, device: int) -> int:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h
+    library.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+    library.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+    return 10 * major.value + minor.value
+
+
+# ---- Helpers -------------------------------------------------------------------------------------
 
 
 def _run(command: Sequence[str], environ: Mapping[str, str]) -> tuple[int, str]:
@@ -298,19 +615,50 @@ def _run(command: Sequence[str], environ: Mapping[str, str]) -> tuple[int, str]:
     return result.returncode, result.stdout
 
 
+def _release(output: str) -> Release | None:
+    """Reads what nvcc and its tools answer to ``--version``."""
+    match = re.search(r"release (\d+)\.(\d+)", output)
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def _gist(output: str) -> str:
     """Returns the line of a compiler's output that says what went wrong."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"fatal|error|not found", line, re.I)]
-    return (telling or lines or ["it printed nothing"])[0]
+    return (telling or lines or ["it printed nothing"])[0].rstrip(" .")
 
 
-def _dotted(release: tuple[int, int]) -> str:
+def _dotted(release: Release) -> str:
     return f"{release[0]}.{release[1]}"
 
 
 def _listed(archs: Sequence[int]) -> str:
     return " ".join(map(str, archs))
+
+
+# ---- What CMake reads ----------------------------------------------------------------------------
+
+
+def cmake_lines(toolchain: Toolchain) -> str:
+    """Returns what CMake reads: KEY=VALUE lines, with an empty NVCC for CPU-only.
+
+    In CMake's own list "80-real" is a cubin alone, "90-virtual" PTX alone and "75" both. The other
+    lists become compile definitions, which a semicolon would break.
+    """
+    nvcc, cubins, ptx = toolchain.nvcc, toolchain.cubins, toolchain.ptx
+    both = {arch: "" if arch in ptx else "-real" for arch in cubins}
+    suffixes = {**dict.fromkeys(ptx, "-virtual"), **both}
+    values = {
+        "NVCC": nvcc.path if nvcc else "",
+        "CUDA_VERSION": _dotted(nvcc.release) if nvcc and nvcc.release else "",
+        "CUDA_ARCHS": ",".join(map(str, cubins)),
+        "PTX_ARCHS": ",".join(map(str, ptx)),
+        "CMAKE_CUDA_ARCHITECTURES": ";".join(
+            f"{arch}{suffixes[arch]}" for arch in sorted(suffixes)
+        ),
+        "LIBRARY_DIRS": ";".join(nvcc.library_dirs) if nvcc else "",
+    }
+    return "\n".join(f"{key}={value}" for key, value in values.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
