@@ -167,26 +167,32 @@ def resolve(environ: Mapping[str, str] | None = None) -> Toolchain:
     for candidate in candidates(environ):
         nvcc = inspect_nvcc(candidate, environ, driver)
         if nvcc.healthy:
-            cubins, ptx, remarks = choose_archs(environ, nvcc)
-            passed_over = (f"passed over {other}: {other.problem}" for other in refused)
-            return Toolchain(nvcc, cubins, ptx, (*passed_over, *nvcc.warnings, *remarks))
+            archs = choose_archs(environ, nvcc)
+            notes = [f"passed over {other}: {other.problem}" for other in refused]
+            notes += [f"{nvcc}: {warning}" for warning in nvcc.warnings]
+            return Toolchain(nvcc, archs.cubins, archs.ptx, (*notes, *archs.notes))
         if candidate.explicit:
             raise ToolchainError(
                 f"{nvcc}: {nvcc.problem}\n"
-                f"Correct {candidate.source} or unset it to let the build choose."
+                f"Correct {candidate.source}, or unset it to let the build choose."
             )
         refused.append(nvcc)
+    return _without_nvcc(refused, mandatory=mode == "1")
+
+
+def _without_nvcc(refused: Sequence[Nvcc], mandatory: bool) -> Toolchain:
+    """Returns the choice of a CPU-only module, where that is no surprise."""
     if refused:
         raise ToolchainError(
             "no nvcc on this machine is usable:"
             + "".join(f"\n  {nvcc}: {nvcc.problem}" for nvcc in refused)
             + "\nFUSED_OPT_NVCC names another nvcc; FUSED_OPT_CUDA=0 builds for the CPU only."
         )
-    if mode == "1":
+    if mandatory:
         raise ToolchainError(
             f"FUSED_OPT_CUDA=1 asks for CUDA, but there is no nvcc on PATH, in {CUDA_ROOT_PARENT}"
-            "/cuda* or among Python's packages. Install the CUDA toolkit, 12.1 or newer, or set "
-            "FUSED_OPT_NVCC to its nvcc."
+            "/cuda* or among Python's packages. Install the CUDA toolkit, "
+            f"{_dotted(MIN_RELEASE)} or newer, or set FUSED_OPT_NVCC to its nvcc."
         )
     note = "NO NVCC FOUND: building a CPU-ONLY module (FUSED_OPT_NVCC=/path/to/nvcc adds CUDA)"
     return Toolchain(None, notes=(note,))
@@ -211,7 +217,7 @@ def candidates(environ: Mapping[str, str]) -> Iterator[Candidate]:
     for candidate in (*_explicit_candidates(environ), *_implicit_candidates(environ)):
         path = Path(candidate.path)
         place = path.parent.resolve() / path.name
-        if candidate.explicit or (place not in seen and _is_executable(path)):
+        if place not in seen and (candidate.explicit or _is_executable(path)):
             seen.add(place)
             yield candidate
 
@@ -236,8 +242,7 @@ def _implicit_candidates(environ: Mapping[str, str]) -> Iterator[Candidate]:
     for root in [CUDA_ROOT_PARENT / "cuda", *versioned]:
         yield Candidate(str(root / "bin" / "nvcc"), str(root), False)
     for folder in _package_folders():  # nvidia/cu13, nvidia/cuda_nvcc
-        roots = sorted(Path(folder).glob("nvidia/cu*"), key=_version_in_name, reverse=True)
-        for root in roots:
+        for root in sorted(Path(folder).glob("nvidia/cu*"), key=_version_in_name, reverse=True):
             yield Candidate(str(root / "bin" / "nvcc"), "pip", False)
 
 
@@ -281,16 +286,21 @@ def inspect_nvcc(
     _, output = _run([candidate.path, "--list-gpu-arch"], environ)
     archs = sorted({int(digits) for digits in re.findall(r"^compute_(\d+)\s*$", output, re.M)})
     nvcc = Nvcc(candidate, release, archs=tuple(archs))
+    too_new = ""
+    if driver and release[0] > driver[0]:
+        ends = f"this machine's driver ends at CUDA {_dotted(driver)}"
+        too_new = f"{ends}, so that what it builds cannot run here"
     with tempfile.TemporaryDirectory(prefix="fused_opt_nvcc_") as folder:
         source = Path(folder) / "probe.cu"
         source.write_text(PROBE_SOURCE, encoding="ascii")
-        # No architecture: so CMake identifies an nvcc, and there broken ones fail.
+        # Without an architecture, as CMake identifies an nvcc: there broken ones fail.
         probe = [nvcc.path, str(source), "-o", str(source.with_suffix(""))]
         host_compiler = environ.get("CUDAHOSTCXX", "").strip()
         probe += ["-ccbin", host_compiler] if host_compiler else []
         nvcc = _with_dry_run(nvcc, probe, environ)
-        problem = next(_problems(nvcc, probe, environ, driver), None)
-    return replace(nvcc, problem=problem, warnings=tuple(_warnings(nvcc, driver)))
+        problem = next(_problems(nvcc, probe, environ, too_new), None)
+    warnings = (too_new,) if too_new and candidate.explicit else ()
+    return replace(nvcc, problem=problem, warnings=warnings)
 
 
 def _with_dry_run(nvcc: Nvcc, probe: Sequence[str], environ: Mapping[str, str]) -> Nvcc:
@@ -315,12 +325,12 @@ def _with_dry_run(nvcc: Nvcc, probe: Sequence[str], environ: Mapping[str, str]) 
     tools = [(name, locate(name)) for name in TOOLS]
     (linker,) = re.findall(r'^(?:"[^"]*"|[^"\s])+', commands[-1])
     linker = linker.replace('"', "")
-    numbers = re.findall(r"\d+(?:\.\d+)+", version(locate(linker)).partition("\n")[0])
+    number = re.search(r"(?:\)|version) (\d[\d.]*)", version(locate(linker)))
     arch = re.search(r"-arch[ =](?:compute|sm)_(\d+)", "\n".join(commands))
     return replace(
         nvcc,
         tools=tuple(Tool(name, where, _release(version(where))) for name, where in tools),
-        host_compiler=" ".join([Path(linker).name, *numbers[-1:]]),
+        host_compiler=f"{Path(linker).name} {number[1] if number else '(of no known version)'}",
         default_arch=int(arch[1]) if arch else None,
         library_dirs=_library_dirs(values),
     )
@@ -332,16 +342,14 @@ def _library_dirs(values: Mapping[str, str]) -> tuple[str, ...]:
     Args:
         values: the settings that nvcc prints in a dry run.
     """
-    runtime = "libcudart_static.a"
     searched = re.findall(r'"-L(.*?)"', values.get("LIBRARIES", ""))
-    folder = Path(values.get("_HERE_", ".")).parent / "lib"
-    if any((Path(place) / runtime).exists() for place in searched):
-        return ()
-    return (str(folder),) if (folder / runtime).exists() else ()
+    beside = str(Path(values.get("_HERE_", "")).parent / "lib")
+    having = [d for d in (*searched, beside) if (Path(d) / "libcudart_static.a").exists()]
+    return (beside,) if having == [beside] else ()
 
 
 def _problems(
-    nvcc: Nvcc, probe: Sequence[str], environ: Mapping[str, str], driver: Release | None
+    nvcc: Nvcc, probe: Sequence[str], environ: Mapping[str, str], too_new: str
 ) -> Iterator[str]:
     """Yields what makes it unusable, each with its cure; the costly check comes last."""
     release = nvcc.release or (0, 0)
@@ -350,9 +358,9 @@ def _problems(
             f"CUDA {_dotted(MIN_RELEASE)} or newer is needed (kernel parameters above 4 KB). "
             "Install a newer toolkit, or set FUSED_OPT_NVCC to a newer nvcc."
         )
-    if driver and release[0] > driver[0] and not nvcc.candidate.explicit:
+    if too_new and not nvcc.candidate.explicit:
         yield (
-            f"{_beyond(driver)}. Update the driver or install a CUDA {driver[0]} toolkit; "
+            f"{too_new}. Update the driver or install an older toolkit; "
             f"FUSED_OPT_NVCC={nvcc.path} takes this one all the same."
         )
     strange = [tool for tool in nvcc.tools if tool.release != release]
@@ -364,18 +372,6 @@ def _problems(
     status, output = _run([*probe, *folders], environ)
     if status != 0:
         yield _diagnosis(nvcc, output)
-
-
-def _warnings(nvcc: Nvcc, driver: Release | None) -> Iterator[str]:
-    """Yields what a person should know of a compiler that they named themselves."""
-    if driver and nvcc.release and nvcc.release[0] > driver[0] and nvcc.candidate.explicit:
-        yield f"{nvcc}: {_beyond(driver)}"
-
-
-def _beyond(driver: Release) -> str:
-    return (
-        f"what it builds cannot run here, for this machine's driver ends at CUDA {_dotted(driver)}"
-    )
 
 
 def _diagnosis(nvcc: Nvcc, output: str) -> str:
@@ -411,120 +407,107 @@ def _way_out(nvcc: Nvcc) -> str:
             f"{path.resolve()}."
         )
     return (
-        "Set FUSED_OPT_NVCC to the nvcc of a toolkit that is whole, or reinstall this one and "
-        "put its bin folder first on PATH."
+        "Set FUSED_OPT_NVCC to the nvcc of a toolkit that is whole, or reinstall this one with "
+        "its bin folder first on PATH."
     )
 
 
 # ---- Architectures -------------------------------------------------------------------------------
 
 
-def choose_archs(
-    environ: Mapping[str, str], nvcc: Nvcc
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
-    """Returns cubins, PTX and remarks: what a person named, else the default that nvcc can build.
-
-    PTX is kept at both ends, besides where it is asked for, since it serves only chips of its own
-    number or above: compute_120 alone would leave out sm_110.
-
-    Raises:
-        ToolchainError: a request is malformed, or names what this nvcc or the kernels cannot do.
-    """
-    buildable = tuple(arch for arch in nvcc.archs if arch >= MIN_ARCH)
-    requests = [(name, environ.get(name, "")) for name in ARCH_VARIABLES]
-    variable, request = next(((n, r) for n, r in requests if r.strip(" ;,\t\n")), ("", ""))
-    if not variable:
-        cubins = tuple(arch for arch in DEFAULT_ARCHS if arch in buildable)
-        if not cubins:
-            raise ToolchainError(
-                f"{nvcc} builds none of {_listed(DEFAULT_ARCHS)}. FUSED_OPT_CUDA_ARCHS names "
-                "architectures of your own."
-            )
-        return cubins, _ends(cubins), ()
-    asked = parse_archs(request, variable, buildable)
-    named = sorted({*asked.cubins, *asked.ptx})
-    for arch in named:
-        if arch < MIN_ARCH:
-            raise ToolchainError(
-                f"{variable}={request} names {arch}, and the kernels need {MIN_ARCH} (Volta) or "
-                f"newer, for parameters above 4 KB. Set FUSED_OPT_CUDA_ARCHS to newer ones."
-            )
-    missing = [arch for arch in named if arch not in buildable]
-    if missing:
-        raise ToolchainError(
-            f"{variable}={request} names {_listed(missing)}, which {nvcc} cannot build; it builds "
-            f"{_listed(buildable)}. Set FUSED_OPT_CUDA_ARCHS to some of these, or FUSED_OPT_NVCC "
-            "to an nvcc that builds what you name."
-        )
-    return asked.cubins, tuple(sorted({*asked.ptx, *_ends(named)})), asked.remarks
-
-
-def _ends(archs: Sequence[int]) -> tuple[int, ...]:
-    return tuple(sorted({archs[0], archs[-1]}))
-
-
 @dataclass(frozen=True)
-class Request:
-    """Architectures that a person named, ascending."""
+class Archs:
+    """Architectures, ascending."""
 
     cubins: tuple[int, ...]
     ptx: tuple[int, ...]
-    """Those for which PTX was asked for, with or without a cubin."""
-    remarks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def parse_archs(request: str, variable: str, buildable: Sequence[int] = ()) -> Request:
-    """Reads architectures, separated by semicolons, commas or spaces.
+def choose_archs(environ: Mapping[str, str], nvcc: Nvcc) -> Archs:
+    """Returns what a person named, else what nvcc can build of the default list.
 
-    An item is ``90`` or ``9.0``, with torch's ``+PTX`` or CMake's ``-real`` or ``-virtual``; a name
-    such as ``Hopper``; ``all``, ``all-major`` or ``native``.
+    PTX is kept at both ends, besides where it is asked for: it serves only chips of its own number
+    or above, so that compute_120 alone would leave out sm_110.
 
-    >>> parse_archs("9.0; 8.0+PTX, Ampere", "TORCH_CUDA_ARCH_LIST")
-    Request(cubins=(80, 86, 90), ptx=(80, 86), remarks=())
+    Raises:
+        ToolchainError: a request is malformed or cannot be met.
+    """
+    buildable = [arch for arch in nvcc.archs if arch >= MIN_ARCH]
+    request = "the default list"
+    asked = Archs(tuple(arch for arch in DEFAULT_ARCHS if arch in buildable), ())
+    for variable in ARCH_VARIABLES:
+        value = environ.get(variable, "")
+        if value.strip(" ;,\t\n"):
+            request = f"{variable}={value}"
+            asked = parse_archs(value, variable, buildable)
+            break
+    named = sorted({*asked.cubins, *asked.ptx})
+    missing = [arch for arch in named if arch not in buildable]
+    if missing or not named:
+        raise ToolchainError(
+            f"{request} names {_listed(missing or DEFAULT_ARCHS)}, but {nvcc} builds these kernels "
+            f"for {_listed(buildable)} only (older GPUs than {MIN_ARCH} lack parameters above "
+            "4 KB). Set FUSED_OPT_CUDA_ARCHS to some of these, or FUSED_OPT_NVCC to another nvcc."
+        )
+    return replace(asked, ptx=tuple(sorted({*asked.ptx, named[0], named[-1]})))
+
+
+def parse_archs(request: str, variable: str, buildable: Sequence[int] = ()) -> Archs:
+    """Reads a list of architectures, separated by semicolons, commas or spaces.
+
+    An item is a number such as ``90`` or ``9.0``, a name such as ``Hopper``, or ``all``,
+    ``all-major`` (the first of each generation) or ``native``. torch's ``+PTX`` adds PTX, CMake's
+    ``-virtual`` asks for nothing else, and its ``-real`` is what an item means anyway.
+
+    >>> parse_archs("8.0;9.0+PTX", "TORCH_CUDA_ARCH_LIST")
+    Archs(cubins=(80, 90), ptx=(90,), notes=())
     >>> parse_archs("86-real 90-virtual", "CUDAARCHS")
-    Request(cubins=(86,), ptx=(90,), remarks=())
+    Archs(cubins=(86,), ptx=(90,), notes=())
 
     Args:
         request: the value of the variable.
         variable: its name, for messages.
-        buildable: what ``all`` and ``all-major`` mean.
+        buildable: what ``all`` and ``all-major`` choose from, ascending.
 
     Raises:
         ToolchainError: an item is none of these, or ``native`` is asked for and there is no GPU.
     """
     cubins: set[int] = set()
     ptx: set[int] = set()
-    remarks: list[str] = []
+    notes: list[str] = []
     for item in filter(None, re.split(r"[;,\s]+", request)):
-        word = item.lower()
-        number = re.fullmatch(r"(\d{1,2})\.?(\d)([af]?)(\+ptx|-real|-virtual)?", word)
-        family = FAMILIES.get(word) or FAMILIES.get(re.sub(r"\+ptx$", "", word))
-        if number:
-            arch = int(number[1] + number[2])
-            if number[4] != "-virtual":
-                cubins.add(arch)
-            if number[4] in ("+ptx", "-virtual"):
-                ptx.add(arch)
-            if number[3]:
-                remarks.append(
-                    f"{variable}: {item} is built as plain {arch}, which loses nothing: "
-                    "the kernels use no instruction of one architecture alone"
-                )
-        elif family:
-            cubins.update(family)
-            ptx.add(family[-1])
-        elif word == "all":
-            cubins.update(buildable)
-        elif word == "all-major":
-            cubins.update({arch // 10: arch for arch in reversed(buildable)}.values())
-        elif word == "native":
-            cubins.update(_native_archs(variable))
-        else:
+        word = re.sub(r"(\+ptx|-real|-virtual)$", "", item.lower())
+        suffix = item.lower()[len(word) :]
+        archs = _archs_named(word, variable, buildable)
+        if not archs:
             raise ToolchainError(
                 f"{variable}={request}: {item!r} is no architecture. Write numbers such as 90 or "
                 "9.0+PTX, names such as Hopper, or one of all, all-major and native."
             )
-    return Request(tuple(sorted(cubins)), tuple(sorted(ptx)), tuple(remarks))
+        (ptx if suffix == "-virtual" else cubins).update(archs)
+        if suffix == "+ptx":
+            ptx.add(archs[-1])
+        if re.search(r"\d[af]$", word):
+            notes.append(
+                f"{variable} names {item}, which is built as plain {archs[0]}: the kernels use no "
+                "instruction that only one architecture has"
+            )
+    return Archs(tuple(sorted(cubins)), tuple(sorted(ptx)), tuple(notes))
+
+
+def _archs_named(word: str, variable: str, buildable: Sequence[int]) -> Sequence[int]:
+    """Returns the architectures that a word in lower case means; none if it means none."""
+    number = re.fullmatch(r"([1-9]\d?)\.?(\d)[af]?", word)
+    if number:
+        return [int(number[1] + number[2])]
+    if word == "all":
+        return buildable
+    if word == "all-major":
+        return sorted({arch // 10: arch for arch in reversed(buildable)}.values())
+    if word == "native":
+        return native_archs(variable)
+    return FAMILIES.get(word, ())
 
 
 def code_for(capability: int, cubins: Sequence[int], ptx: Sequence[int]) -> str | None:
@@ -565,30 +548,31 @@ def driver_release() -> Release | None:
     return number.value // 1000, number.value % 1000 // 10
 
 
-def _native_archs(variable: str) -> list[int]:
-    """Returns the compute capabilities of this machine's GPUs, without their dots.
+def native_archs(variable: str) -> Sequence[int]:
+    """Returns the architectures of this machine's GPUs, ascending.
+
+    Args:
+        variable: what asks for them, for the message.
 
     Raises:
-        ToolchainError: there is no GPU that the driver can use.
+        ToolchainError: there is no driver or no GPU.
     """
     library = _driver_library()
-    count = ctypes.c_int()
-    if library and library.cuInit(0) == 0:
-        library.cuDeviceGetCount(ctypes.byref(count))
-    if library is None or count.value == 0:
+    count, device, major, minor = (ctypes.c_int() for _ in range(4))
+    archs = set()
+    if library and library.cuInit(0) == 0 and library.cuDeviceGetCount(ctypes.byref(count)) == 0:
+        for ordinal in range(count.value):
+            library.cuDeviceGet(ctypes.byref(device), ordinal)
+            # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR in cuda.h
+            library.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+            library.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+            archs.add(10 * major.value + minor.value)
+    if not archs:
         raise ToolchainError(
-            f"{variable} asks for native, the architecture of this machine's GPU, and there is no "
-            f"{'driver' if library is None else 'GPU'} here. Name it instead, as in {variable}=90."
+            f"{variable} asks for native, the architecture of this machine's GPU, but no "
+            f"{'GPU' if library else 'driver'} is found. Name it instead, as in {variable}=90."
         )
-    return [_capability(library, device) for device in range(count.value)]
-
-
-def _capability(library: ctypes.CDLL, device: int) -> int:
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h
-    library.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
-    library.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
-    return 10 * major.value + minor.value
+    return sorted(archs)
 
 
 # ---- Helpers -------------------------------------------------------------------------------------
@@ -624,7 +608,9 @@ def _release(output: str) -> Release | None:
 def _gist(output: str) -> str:
     """Returns the line of a compiler's output that says what went wrong."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"fatal|error|not found", line, re.I)]
+    telling = [
+        line for line in lines if re.search(r"fatal|error|not found|no such file", line, re.I)
+    ]
     return (telling or lines or ["it printed nothing"])[0].rstrip(" .")
 
 
@@ -646,17 +632,19 @@ def cmake_lines(toolchain: Toolchain) -> str:
     lists become compile definitions, which a semicolon would break.
     """
     nvcc, cubins, ptx = toolchain.nvcc, toolchain.cubins, toolchain.ptx
-    both = {arch: "" if arch in ptx else "-real" for arch in cubins}
-    suffixes = {**dict.fromkeys(ptx, "-virtual"), **both}
+
+    def in_cmake(arch: int) -> str:
+        return (
+            f"{arch}-virtual" if arch not in cubins else f"{arch}{'' if arch in ptx else '-real'}"
+        )
+
     values = {
         "NVCC": nvcc.path if nvcc else "",
         "CUDA_VERSION": _dotted(nvcc.release) if nvcc and nvcc.release else "",
         "CUDA_ARCHS": ",".join(map(str, cubins)),
         "PTX_ARCHS": ",".join(map(str, ptx)),
-        "CMAKE_CUDA_ARCHITECTURES": ";".join(
-            f"{arch}{suffixes[arch]}" for arch in sorted(suffixes)
-        ),
-        "LIBRARY_DIRS": ";".join(nvcc.library_dirs) if nvcc else "",
+        "CMAKE_CUDA_ARCHITECTURES": ";".join(map(in_cmake, sorted({*cubins, *ptx}))),
+        "LIBRARY_DIRS": ":".join(nvcc.library_dirs) if nvcc else "",
     }
     return "\n".join(f"{key}={value}" for key, value in values.items())
 
