@@ -376,13 +376,13 @@ def _problems(
 
 def _diagnosis(nvcc: Nvcc, output: str) -> str:
     """Returns what the output of a failed compilation means, and the cure."""
-    host_compiler = re.search(r"unsupported \w+ version!.*?(?:later than (\d+).*?!|\n)", output)
-    if host_compiler:
-        accepted = f", such as g++-{host_compiler[1]}" if host_compiler[1] else ""
+    refused = re.search(r"unsupported \w+ version!.*?(?:later than (\d+).*?!|\n)", output)
+    if refused:
+        accepted = f", such as g++-{refused[1]}" if refused[1] else ""
+        said = refused[0].strip(" .!\n")
         return (
-            f"it does not accept the host compiler {nvcc.host_compiler}: "
-            f"{host_compiler[0].strip(' .!')}. Set CUDAHOSTCXX to one that it accepts{accepted}, "
-            "or FUSED_OPT_NVCC to a newer nvcc."
+            f"it does not accept the host compiler {nvcc.host_compiler}: {said}. Set CUDAHOSTCXX "
+            f"to one that it accepts{accepted}, or FUSED_OPT_NVCC to a newer nvcc."
         )
     if "preprocess host compiler" in output:
         return (
