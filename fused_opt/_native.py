@@ -17,6 +17,7 @@ def native() -> ModuleType:
         raise ImportError(
             f"the compiled module fused_opt._C cannot be imported ({error}). Build it with "
             "`pip install .`, or `pip install -e .` for a source checkout, from the folder that "
-            "holds setup.py; it needs a C++17 compiler and, for CUDA kernels, nvcc 12.1 or newer."
+            "holds setup.py; it needs a C++17 compiler and, for CUDA kernels, nvcc 12.1 or newer. "
+            "`python -m fused_opt.doctor` explains what is wrong."
         ) from error
     return _C
