@@ -607,7 +607,7 @@ def _release(output: str) -> Release | None:
 
 def _gist(output: str) -> str:
     """Returns the line of a compiler's output that says what went wrong."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [" ".join(line.split()) for line in output.splitlines() if line.strip()]
     telling = [
         line for line in lines if re.search(r"fatal|error|not found|no such file", line, re.I)
     ]

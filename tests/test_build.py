@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import fused_opt
-from fused_opt import _C
+from fused_opt import _C, _toolchain
 
 ROOT = Path(fused_opt.__file__).resolve().parent.parent
 MODULE = Path(_C.__file__)
@@ -99,13 +100,30 @@ def test_levels_of_the_cpu_loops_start_at_the_baseline() -> None:
 # ---- GPU code ------------------------------------------------------------------------------------
 
 
-@needs_cuda_code
-def test_module_holds_exactly_the_architectures_it_reports(cuobjdump: str) -> None:
-    listing = run(cuobjdump, "--list-elf", "--list-ptx", MODULE)
+def embedded_archs(cuobjdump: str, module: Path) -> tuple[list[str], list[str]]:
+    """Returns the architectures of the machine code and of the PTX in a module."""
+    listing = run(cuobjdump, "--list-elf", "--list-ptx", module)
     cubins = re.findall(r"\.sm_(\d+)\.cubin", listing)
     ptx = re.findall(r"\.sm_(\d+)\.ptx", listing)
-    assert sorted(set(cubins), key=int) == _C.cuda_archs
-    assert sorted(set(ptx), key=int) == _C.ptx_archs
+    return sorted(set(cubins), key=int), sorted(set(ptx), key=int)
+
+
+def reported_archs(module: Path) -> tuple[list[str], list[str]]:
+    """Returns what a module, loaded in a process of its own, says of itself."""
+    code = f"""
+import importlib.machinery, importlib.util, json
+loader = importlib.machinery.ExtensionFileLoader("_C", {str(module)!r})
+module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+loader.exec_module(module)
+print(json.dumps([module.cuda_archs, module.ptx_archs]))
+"""
+    cubins, ptx = json.loads(run(sys.executable, "-c", code))
+    return cubins, ptx
+
+
+@needs_cuda_code
+def test_module_holds_exactly_the_architectures_it_reports(cuobjdump: str) -> None:
+    assert embedded_archs(cuobjdump, MODULE) == (_C.cuda_archs, _C.ptx_archs)
 
 
 @needs_cuda_code
@@ -229,26 +247,192 @@ def test_no_unit_is_compiled_for_the_building_machine(cmake: str, tmp_path: Path
     assert "-ffast-math" not in commands
 
 
+@pytest.mark.parametrize("option", ["-DCMAKE_CUDA_ARCHITECTURES=90"])
+def test_a_request_that_the_build_does_not_read_is_refused(
+    cmake: str, tmp_path: Path, option: str
+) -> None:
+    with pytest.raises(AssertionError, match="FUSED_OPT_CUDA_ARCHS='90' cmake --fresh"):
+        configure(cmake, tmp_path, option, FUSED_OPT_CUDA="0")
+
+
+# ---- CMake and nvcc ------------------------------------------------------------------------------
+
+#: Blank variables count as unset, for CMake as for the resolver: what a test asks for is all.
+NOTHING_NAMED = dict.fromkeys(
+    (
+        *("FUSED_OPT_CUDA", "FUSED_OPT_NVCC", "CUDACXX", "CUDA_HOME", "CUDA_PATH"),
+        *_toolchain.ARCH_VARIABLES,
+    ),
+    "",
+)
+
+#: CMake identifies nvcc without naming an architecture. A distribution's nvcc then took sm_30 for
+#: granted, and a newer toolkit's ptxas, first on PATH, did not know that any more.
+SHIM = """#!/bin/sh
+case " $* " in
+  *arch*|*gencode*) exec {nvcc} "$@" ;;
+  *) exec {nvcc} -Xptxas -arch=sm_30 "$@" ;;
+esac
+"""
+
+SM_30 = "ptxas fatal : Value 'sm_30' is not defined for option 'gpu-name'"
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> str:
+    """The path of a healthy nvcc."""
+    try:
+        found = _toolchain.resolve().nvcc
+    except _toolchain.ToolchainError as error:
+        pytest.skip(f"no healthy nvcc here: {error}")
+    if found is None:
+        pytest.skip("no nvcc here")
+    return found.path
+
+
+def unwrapped(error: AssertionError) -> str:
+    """Returns a message without the line breaks and the indentation that CMake gives it."""
+    return " ".join(str(error).split())
+
+
+def write_script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def shim(nvcc: str, tmp_path: Path) -> Path:
+    """The path of an nvcc that fails where CMake identifies it, and nowhere else."""
+    return write_script(tmp_path / "shim" / "nvcc", SHIM.format(nvcc=nvcc))
+
+
+@pytest.fixture
+def shim_first(shim: Path, nvcc: str) -> dict[str, str]:
+    """An environment with the shim first on PATH, and a healthy nvcc behind it."""
+    path = os.pathsep.join([str(shim.parent), str(Path(nvcc).parent), os.environ["PATH"]])
+    return {**NOTHING_NAMED, "PATH": path}
+
+
+def test_plain_cmake_fails_with_the_shim_whatever_the_architectures(
+    cmake: str, shim: Path, shim_first: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24)\nproject(two_lines LANGUAGES CUDA)\n"
+    )
+    command = [cmake, f"-S{tmp_path}", f"-B{tmp_path / 'build'}", "-GNinja"]
+    command += [f"-DCMAKE_MAKE_PROGRAM={cmake_tool('ninja', 'BIN_DIR')}"]
+    with pytest.raises(AssertionError) as caught:
+        run(*command, **{**shim_first, "CUDAARCHS": "90"})
+    message = unwrapped(caught.value)
+    assert f"Compiler: {shim}" in message
+    assert SM_30 in message
+
+
 @pytest.mark.slow
-@needs_cuda_code
-def test_a_kept_build_folder_follows_a_new_request(cmake: str, tmp_path: Path) -> None:
-    nvcc = tool("nvcc")
-    build, shim = tmp_path / "build", tmp_path / "nvcc"
-    shim.write_text(f'#!/bin/sh\nexec {nvcc} "$@"\n')
-    shim.chmod(0o755)
+def test_pip_install_takes_the_healthy_nvcc_behind_the_shim(
+    cmake: str, shim: Path, shim_first: dict[str, str], tmp_path: Path
+) -> None:
+    if not all(map(importlib.util.find_spec, ("pip", "setuptools"))):
+        pytest.skip("pip and setuptools are not installed")
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        source.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, source)
+    for name in ("csrc", "fused_opt"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    (source / "setup.cfg").write_text("[build_ext]\ndebug=1\n")  # Not optimized, to be quick.
+    pip = [sys.executable, "-m", "pip", "install", "-v", "--no-index", "--no-deps"]
+    pip += ["--no-build-isolation", "--target", str(target), str(source)]
+    output = run(*pip, **{**shim_first, "FUSED_OPT_CUDA_ARCHS": "90"})
+    assert f"*** fused_opt: passed over {shim} (CUDA " in output
+    assert "mixed or broken toolkit" in output
+    assert SM_30 in output
+    (module,) = (target / "fused_opt").glob("_C*.so")
+    assert reported_archs(module) == (["90"], ["90"])
+
+
+def test_only_the_shim_is_an_error_that_names_its_parts_and_the_cure(
+    shim: Path, nvcc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_toolchain, "CUDA_ROOT_PARENT", tmp_path)
+    monkeypatch.setattr(_toolchain, "_package_folders", list)
+    elsewhere = os.environ["PATH"].split(os.pathsep)
+    path = os.pathsep.join(
+        [str(shim.parent), *(d for d in elsewhere if not Path(d, "nvcc").exists())]
+    )
+    if shutil.which("g++", path=path) is None:
+        pytest.skip("g++ lies beside an nvcc")
+    with pytest.raises(_toolchain.ToolchainError) as caught:
+        _toolchain.resolve({"PATH": path})
+    head, about_shim, tail = str(caught.value).splitlines()
+    assert head == "no nvcc on this machine is usable:"
+    expected = (
+        rf"  {shim} \(CUDA (\S+), from PATH\): mixed or broken toolkit: with no architecture "
+    )
+    expected += (
+        rf"named, its /\S+/ptxas \(CUDA \1\) fails: {SM_30}\. Set FUSED_OPT_NVCC to the nvcc"
+    )
+    assert re.match(expected, about_shim)
+    assert tail == "FUSED_OPT_NVCC names another nvcc; FUSED_OPT_CUDA=0 builds for the CPU only."
+
+
+def test_cmake_refuses_the_shim_when_it_is_named(
+    cmake: str, shim: Path, shim_first: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError) as caught:
+        configure(cmake, tmp_path / "build", **{**shim_first, "CUDACXX": str(shim)})
+    message = unwrapped(caught.value)
+    assert f"{shim} (CUDA " in message
+    assert "mixed or broken toolkit: with no architecture named, its /" in message
+    assert f"fails: {SM_30}. Set FUSED_OPT_NVCC to the nvcc of" in message
+    assert "Correct CUDACXX, or unset it to let the build choose." in message
+
+
+@pytest.mark.slow
+def test_the_module_holds_exactly_the_architectures_asked_for(
+    cmake: str, nvcc: str, cuobjdump: str, tmp_path: Path
+) -> None:
+    # One build folder throughout: it follows each new request.
+    for variable, request, cubins, ptx in (
+        ("FUSED_OPT_CUDA_ARCHS", "90", ["90"], ["90"]),
+        ("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX", ["80", "90"], ["80", "90"]),
+        ("CUDAARCHS", "86-real;90-virtual", ["86"], ["86", "90"]),
+        ("TORCH_CUDA_ARCH_LIST", "Ada", ["89"], ["89"]),
+    ):
+        environ = {**NOTHING_NAMED, "FUSED_OPT_NVCC": nvcc, variable: request}
+        configure(cmake, tmp_path, "-DCMAKE_BUILD_TYPE=Debug", **environ)
+        run(cmake, "--build", tmp_path, **environ)
+        (module,) = (tmp_path / "out").glob("_C*.so")
+        assert embedded_archs(cuobjdump, module) == (cubins, ptx)
+        assert reported_archs(module) == (cubins, ptx)
+
+
+@pytest.mark.slow
+def test_a_kept_build_folder_follows_a_new_request(cmake: str, nvcc: str, tmp_path: Path) -> None:
+    build = tmp_path / "build"
+    other = write_script(tmp_path / "nvcc", f'#!/bin/sh\nexec {nvcc} "$@"\n')
 
     def cuda_code() -> list[str]:
         commands = (build / "compile_commands.json").read_text()
         return re.findall(r"code=\[(.+?)\]", commands)
 
-    configure(cmake, build, FUSED_OPT_NVCC=nvcc, FUSED_OPT_CUDA_ARCHS="80;90")
+    def ask(nvcc: str | Path, archs: str, *options: str) -> None:
+        named = {"FUSED_OPT_NVCC": str(nvcc), "FUSED_OPT_CUDA_ARCHS": archs}
+        configure(cmake, build, *options, **{**NOTHING_NAMED, **named})
+
+    ask(nvcc, "80;90")
     assert cuda_code() == ["compute_80,sm_80", "compute_90,sm_90"]
-    configure(cmake, build, FUSED_OPT_NVCC=nvcc, FUSED_OPT_CUDA_ARCHS="90")
+    ask(nvcc, "90")
     assert cuda_code() == ["compute_90,sm_90"]
     with pytest.raises(AssertionError, match=r"cmake\s+--fresh"):
-        configure(cmake, build, FUSED_OPT_NVCC=str(shim), FUSED_OPT_CUDA_ARCHS="90")
-    configure(cmake, build, "--fresh", FUSED_OPT_NVCC=str(shim), FUSED_OPT_CUDA_ARCHS="90")
-    assert str(shim) in (build / "compile_commands.json").read_text()
+        ask(other, "90")
+    ask(other, "90", "--fresh")
+    assert str(other) in (build / "compile_commands.json").read_text()
+    (rerun,) = re.findall(r"^build build\.ninja.*", (build / "build.ninja").read_text(), re.M)
+    assert str(other) in rerun  # An nvcc that is updated in place configures anew.
 
 
 # ---- Without a build -----------------------------------------------------------------------------
