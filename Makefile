@@ -3,6 +3,7 @@
 # differs: it runs on a machine that already has its Python packages, and installs nothing.
 #
 #   make demo DEMO_ARGS="--epochs 5"     make test PYTEST_ARGS="-k ema"     make bench BENCH_ARGS="--help"
+#   make test-wheel TORCH=2.11.0
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,13 +21,15 @@ BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt fused_opt/__init__.py fus
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# The torch releases that one wheel is tested with: the oldest that it accepts, and the pinned one.
+TORCH ?= 2.10.0 2.13.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cuda bench lint format gpu clean
+.PHONY: help demo test test-cuda test-toolchains test-wheel bench lint format gpu clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(PACKAGE_STAMP) ## Train on handwritten digits with torch.optim.SGD and with fused_opt.SGD; compare
 	@$(BIN)/python examples/digits.py $(DEMO_ARGS)
@@ -36,6 +39,16 @@ test: $(PACKAGE_STAMP) ## Run every test, doctests included; CUDA tests are skip
 
 test-cuda: $(PACKAGE_STAMP) ## Run the CUDA tests; fail where there is no GPU
 	@FUSED_OPT_REQUIRE_GPU=1 $(BIN)/python -m pytest -m cuda $(PYTEST_ARGS)
+
+test-toolchains: $(PACKAGE_STAMP) ## Build with real compilers, CUDA 11.8 to 13.4 (downloads 1.3 GB, once)
+	@$(BIN)/python -m pytest tests/toolchains $(PYTEST_ARGS)
+
+test-wheel: $(REQUIREMENTS_STAMP) ## Build a wheel and test it beside each release of torch in TORCH
+	@rm -rf build/wheel
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	@for torch in $(TORCH); do \
+		PYTHON=$(BIN)/python .ci/test-wheel build/wheel/*.whl $$torch $(PYTEST_ARGS) || exit 1; \
+	done
 
 bench: $(PACKAGE_STAMP) ## Measure against torch's own optimizers on this machine
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
