@@ -1,7 +1,7 @@
 """Fetches real CUDA compilers, without root and without installing them, for the tests beside it.
 
-Each is unpacked once into a folder of its own in CACHE: 1.3 GB of downloads, 1 GB on disk. CUDA 11.8
-and 12.4 are Debian's packages, from the mirror that this machine uses; CUDA 13 comes from PyPI.
+Each is unpacked once into a folder of its own in CACHE: 1.3 GB of downloads, 1 GB on disk. CUDA
+11.8 and 12.4 are Debian packages, from the mirror that this machine uses; CUDA 13 comes from PyPI.
 """
 
 from __future__ import annotations
