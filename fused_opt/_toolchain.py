@@ -216,8 +216,8 @@ def candidates(environ: Mapping[str, str]) -> Iterator[Candidate]:
     seen: set[Path] = set()
     for candidate in (*_explicit_candidates(environ), *_implicit_candidates(environ)):
         path = Path(candidate.path)
-        place = path.parent.resolve() / path.name
-        if place not in seen and (candidate.explicit or _is_executable(path)):
+        place = Path(os.path.realpath(path.parent), path.name)
+        if place not in seen and (candidate.explicit or _is_executable(candidate.path)):
             seen.add(place)
             yield candidate
 
@@ -256,8 +256,8 @@ def _version_in_name(path: Path) -> tuple[int, ...]:
     return tuple(int(digits) for digits in re.findall(r"\d+", path.name))
 
 
-def _is_executable(path: Path) -> bool:
-    return path.is_file() and os.access(path, os.X_OK)
+def _is_executable(path: str) -> bool:
+    return os.access(path, os.X_OK) and Path(path).is_file()  # which raises without permission
 
 
 # ---- Health --------------------------------------------------------------------------------------
@@ -273,10 +273,9 @@ def inspect_nvcc(
         environ: the environment in which the build would run it.
         driver: the newest CUDA release that this machine's driver runs; None: no driver.
     """
-    path = Path(candidate.path)
-    if not path.exists():
+    if not os.path.lexists(candidate.path):
         return Nvcc(candidate, problem="there is no such file.")
-    if not _is_executable(path):
+    if not _is_executable(candidate.path):
         return Nvcc(candidate, problem="it is not an executable file.")
     _, output = _run([candidate.path, "--version"], environ)
     release = _release(output)
@@ -323,8 +322,7 @@ def _with_dry_run(nvcc: Nvcc, probe: Sequence[str], environ: Mapping[str, str]) 
         return _run([program, "--version"], environ)[1] if program else ""
 
     tools = [(name, locate(name)) for name in TOOLS]
-    (linker,) = re.findall(r'^(?:"[^"]*"|[^"\s])+', commands[-1])
-    linker = linker.replace('"', "")
+    linker = re.sub(r'^((?:"[^"]*"|[^"\s])*).*', r"\1", commands[-1]).replace('"', "")
     number = re.search(r"(?:\)|version) (\d[\d.]*)", version(locate(linker)))
     arch = re.search(r"-arch[ =](?:compute|sm)_(\d+)", "\n".join(commands))
     return replace(
@@ -337,11 +335,7 @@ def _with_dry_run(nvcc: Nvcc, probe: Sequence[str], environ: Mapping[str, str]) 
 
 
 def _library_dirs(values: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns where the CUDA runtime lies if nvcc does not look there: pip's toolkit has no lib64.
-
-    Args:
-        values: the settings that nvcc prints in a dry run.
-    """
+    """Returns where the CUDA runtime lies, if nvcc does not look there: pip has lib, not lib64."""
     searched = re.findall(r'"-L(.*?)"', values.get("LIBRARIES", ""))
     beside = str(Path(values.get("_HERE_", "")).parent / "lib")
     having = [d for d in (*searched, beside) if (Path(d) / "libcudart_static.a").exists()]
@@ -376,6 +370,7 @@ def _problems(
 
 def _diagnosis(nvcc: Nvcc, output: str) -> str:
     """Returns what the output of a failed compilation means, and the cure."""
+    gist = _gist(output)
     refused = re.search(r"unsupported \w+ version!.*?(?:later than (\d+).*?!|\n)", output)
     if refused:
         accepted = f", such as g++-{refused[1]}" if refused[1] else ""
@@ -386,13 +381,18 @@ def _diagnosis(nvcc: Nvcc, output: str) -> str:
         )
     if "preprocess host compiler" in output:
         return (
-            f"its host compiler does not run: {_gist(output)}. Install g++, or set CUDAHOSTCXX to "
-            "a C++ compiler."
+            f"its host compiler does not run: {gist}. Install g++, or set CUDAHOSTCXX to a C++ "
+            "compiler."
+        )
+    if "exception specification is incompatible" in output:  # cospi and others since glibc 2.41
+        return (
+            f"its headers clash with this system's C library, which is too new for it: {gist}. "
+            "Install a newer toolkit, or set FUSED_OPT_NVCC to a newer nvcc."
         )
     for tool in nvcc.tools:
         if re.search(rf"^{re.escape(tool.name)}\b", output, re.M):
-            return _mixed(nvcc, f"with no architecture named, its {tool} fails: {_gist(output)}")
-    return f"it cannot compile and link an empty kernel: {_gist(output)}. {_way_out(nvcc)}"
+            return _mixed(nvcc, f"with no architecture named, its {tool} fails: {gist}")
+    return f"it cannot compile and link an empty kernel: {gist}. {_way_out(nvcc)}"
 
 
 def _mixed(nvcc: Nvcc, finding: str) -> str:
@@ -400,11 +400,10 @@ def _mixed(nvcc: Nvcc, finding: str) -> str:
 
 
 def _way_out(nvcc: Nvcc) -> str:
-    path = Path(nvcc.path)
-    if path.is_symlink():
+    if Path(nvcc.path).is_symlink():
         return (
             "It is a link, and nvcc looks for its parts beside the link: set FUSED_OPT_NVCC to "
-            f"{path.resolve()}."
+            f"{os.path.realpath(nvcc.path)}."
         )
     return (
         "Set FUSED_OPT_NVCC to the nvcc of a toolkit that is whole, or reinstall this one with "
@@ -514,15 +513,10 @@ def code_for(capability: int, cubins: Sequence[int], ptx: Sequence[int]) -> str 
     """Returns what a GPU would run: "cubin", "ptx" (compiled by its driver at first use) or None.
 
     A cubin serves GPUs of its own major number and the same or a higher minor one; PTX serves all
-    of its number and above.
+    of its number and above. ``capability`` is the GPU's, without the dot.
 
     >>> code_for(86, [80, 90], [80]), code_for(120, [80, 90], [90]), code_for(75, [80], [80])
     ('cubin', 'ptx', None)
-
-    Args:
-        capability: the GPU's compute capability without the dot.
-        cubins: the architectures for which there is machine code.
-        ptx: those for which there is PTX.
     """
     if any(arch // 10 == capability // 10 and arch <= capability for arch in cubins):
         return "cubin"

@@ -355,7 +355,7 @@ def test_pip_install_takes_the_healthy_nvcc_behind_the_shim(
 
 
 def test_only_the_shim_is_an_error_that_names_its_parts_and_the_cure(
-    shim: Path, nvcc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_toolchain, "CUDA_ROOT_PARENT", tmp_path)
     monkeypatch.setattr(_toolchain, "_package_folders", list)

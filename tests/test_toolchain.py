@@ -220,6 +220,14 @@ def test_one_folder_under_two_names_is_tried_once(make_nvcc: MakeNvcc, tmp_path:
     assert refusal(on_path(nvcc)).count(SM_30) == 1
 
 
+def test_folders_that_cannot_be_read_are_passed_by(make_nvcc: MakeNvcc, tmp_path: Path) -> None:
+    nvcc = make_nvcc("ok")
+    (tmp_path / "loop").symlink_to("loop")
+    path = os.pathsep.join([str(tmp_path / "loop"), "", "/no/such/folder", str(nvcc.parent)])
+    assert chosen({"PATH": path}) == str(nvcc)
+    assert "it is not an executable file." in refusal({"FUSED_OPT_NVCC": str(tmp_path / "loop")})
+
+
 def test_a_broken_link_to_an_nvcc_does_not_hide_the_nvcc_itself(
     make_nvcc: MakeNvcc, tmp_path: Path
 ) -> None:
@@ -461,6 +469,15 @@ def test_a_missing_host_compiler_is_named(make_nvcc: MakeNvcc) -> None:
     assert (
         ": its host compiler does not run: g++-9: No such file or directory. Install g++, or set"
         " CUDAHOSTCXX to a C++ compiler.\n" in message
+    )
+
+
+def test_a_c_library_too_new_for_nvcc_is_named(make_nvcc: MakeNvcc) -> None:
+    error = "mathcalls.h(79): error: exception specification is incompatible with that of cospi"
+    message = refusal(naming(make_nvcc("cuda", on_compile=says(error))))
+    assert (
+        f": its headers clash with this system's C library, which is too new for it: {error}."
+        " Install a newer toolkit, or set FUSED_OPT_NVCC to a newer nvcc.\n" in message
     )
 
 
