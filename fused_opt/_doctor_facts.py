@@ -117,17 +117,13 @@ class Driver:
 class Gpu:
     """A GPU that the driver shows to this process."""
 
-    index: int
+    device: str
+    """Its name in torch, such as cuda:0."""
     name: str
     capability: int
     code: str | None = None
     """What it would run of the module: "cubin", "ptx" (compiled by the driver), or None."""
     why_none: str | None = None
-
-    @property
-    def device(self) -> str:
-        """Its name in torch."""
-        return f"cuda:{self.index}"
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,10 @@ def diagnose(facts: Facts, require_gpu: bool = False) -> list[Finding]:
     rebuild = any(finding.rebuild for finding in [*faults, *about_code])
     return [
         *check_python(facts),
-        *check_torch(facts),
         *check_build(facts, rebuild),
         *faults,
         *about_code,
+        *check_torch(facts),  # To install fused_opt brings a torch, too.
         *check_driver(facts),
         *check_steps(facts, about_code),
         *(check_required_gpu(facts) if require_gpu else ()),

@@ -328,7 +328,8 @@ def _code_for_gpu(device: int) -> str:
     built = native()
     gpu = f"cuda:{device} is of an unknown architecture"
     if torch.cuda.is_available():
-        gpu = f"{torch.cuda.get_device_name(device)} ({gpu}) is of architecture {_arch(device)}"
+        name = torch.cuda.get_device_name(device)
+        gpu = f"{name} (cuda:{device}) is of architecture {_arch(device)}"
     has = code(built.cuda_archs, built.ptx_archs)
     return f"{gpu}, and fused_opt was built with {has}, none of which runs there"
 

@@ -24,6 +24,7 @@ import ctypes
 import dataclasses
 import importlib
 import importlib.machinery
+import io
 import json
 import os
 import platform
@@ -347,7 +348,7 @@ def look_at_gpus() -> list[Gpu]:
         cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
         cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
         text = name.value.decode(errors="replace")
-        gpus.append(Gpu(index, text, 10 * major.value + minor.value))
+        gpus.append(Gpu(f"cuda:{index}", text, 10 * major.value + minor.value))
     return gpus
 
 
@@ -444,6 +445,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.probe:
         probe()
         return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # A path may have any character.
     facts = examine(os.environ)
     report = Report(facts, diagnose(facts, options.require_gpu))
     if options.json:

@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import re
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -665,6 +667,8 @@ CUDA_ERRORS = {
     35: ("driver", "[Uu]pdate|[Uu]pgrade|[Ii]nstall"),  # cudaErrorInsufficientDriver
     100: ("GPU|device", "CUDA_VISIBLE_DEVICES|nvidia-smi|CPU|cpu"),  # cudaErrorNoDevice
     209: ("architecture|compute capability", "[Bb]uild|[Ii]nstall"),  # NoKernelImageForDevice
+    222: ("older than CUDA", "[Uu]pdate the driver, or rebuild"),  # cudaErrorUnsupportedPtxVersion
+    801: ("R530", "4 KB", "update"),  # cudaErrorNotSupported
 }
 
 
@@ -677,3 +681,58 @@ def test_an_error_of_cuda_comes_with_advice(code):
 
 def test_an_error_of_cuda_without_advice_is_still_text():
     assert isinstance(fused_opt._plan.cuda_advice(999), str)
+
+
+@pytest.mark.parametrize("code", [209, 222])
+def test_a_gpu_without_code_is_named_with_the_command_that_builds_it(code, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU number {device}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, device))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    module = fused_opt._C
+    monkeypatch.setattr(module, "cuda_version", "12.8")
+    monkeypatch.setattr(module, "cuda_archs", ["75", "90"])
+    monkeypatch.setattr(module, "ptx_archs", ["75"])
+
+    def run(device, threads):
+        raise module.CudaError(code, "cudaErrorSomething while loading the kernel")
+
+    plan = fused_opt._plan.Plan()
+    plan._native = types.SimpleNamespace(run=run)
+    with pytest.raises(RuntimeError) as caught:
+        plan._run_cuda(1)
+    message = str(caught.value)
+    assert message.startswith("cudaErrorSomething while loading the kernel. ")
+    assert "GPU number 1 (cuda:1) is of architecture 121" in message
+    assert "built with machine code 75 90 and PTX 75" in message
+    assert "`python -m fused_opt.doctor`" in message
+    assert re.search(r": .*FUSED_OPT_CUDA=1 FUSED_OPT_CUDA_ARCHS=121 .*pip install .+$", message)
+    assert ("older than CUDA 12.8" in message) is (code == 222)
+
+
+def test_a_driver_too_old_for_the_runtime_is_told_which_one_to_get(monkeypatch):
+    for cuda_version, driver in (
+        ("12.4", r"R530 \(CUDA 12\.1\)"),
+        ("13.0", r"R580 \(CUDA 13\.0\)"),
+    ):
+        monkeypatch.setattr(fused_opt._C, "cuda_version", cuda_version)
+        advice = fused_opt._plan.cuda_advice(35)
+        assert re.search(f"made with CUDA {cuda_version}. Update the driver to {driver} or", advice)
+        assert "`python -m fused_opt.doctor`" in advice
+
+
+def test_cuda_tensors_and_a_cpu_only_module_end_in_the_command_that_builds(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fused_opt._C, "cuda_version", None)
+    plan = fused_opt._plan.Plan()
+    plan._native = types.SimpleNamespace(check=lambda: None, devices=lambda: [-1, 0])
+    with pytest.raises(RuntimeError, match=r"without CUDA kernels.*FUSED_OPT_CUDA_ARCHS=90 .*pip"):
+        plan.run()
+
+
+def test_a_module_that_is_missing_points_to_the_doctor(monkeypatch):
+    monkeypatch.delattr(fused_opt, "_C")
+    monkeypatch.setitem(sys.modules, "fused_opt._C", None)
+    with pytest.raises(ImportError, match=r"`python -m fused_opt\.doctor` explains"):
+        fused_opt.build_info()
