@@ -237,7 +237,7 @@ def _program(name: str, commands: Iterable[str], path: str) -> Program:
 
 def start_probe() -> subprocess.Popen[str]:
     """Starts this file once more, with the same switches of the interpreter, as a probe."""
-    flags = {"isolated": "-I", "ignore_environment": "-E", "no_site": "-S", "no_user_site": "-s"}
+    flags = {"ignore_environment": "-E", "no_user_site": "-s", "no_site": "-S"}
     switches = [switch for flag, switch in flags.items() if getattr(sys.flags, flag)]
     return subprocess.Popen(
         [sys.executable, *switches, str(Path(__file__).resolve()), "--probe"],

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -370,6 +371,17 @@ PROBLEMS: dict[str, tuple[Facts, list[str], str, str]] = {
         ["module"],
         r"^Looking at the module fails: Python dies of SIGSEGV\.$",
         r"^Build the module again: ",
+    ),
+    "a module that kills Python, and no C++ compiler": (
+        without_gpu(
+            module=None,
+            programs=[Program("C++", None, None)],
+            steps=[],
+            faults=[Fault("module", "Python dies of SIGSEGV")],
+        ),
+        ["C++", "module"],
+        r"^The module has to be built, and a C\+\+ compiler is missing\.$",
+        r"^Install a C\+\+ compiler: ",
     ),
     "a torch that kills Python": (
         without_gpu(torch=None, steps=[], faults=[Fault("torch", "Python dies of SIGILL")]),
@@ -787,9 +799,11 @@ def test_a_probe_that_fails_tells_its_last_line() -> None:
 
 def test_a_probe_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PROBE_TIMEOUT_S", 0.5)
+    started = time.monotonic()
     seen, faults = finish(
-        """print('{"starting": "driver"}', flush=True)\nimport time\ntime.sleep(60)"""
+        """print('{"starting": "driver"}', flush=True)\nimport time\ntime.sleep(20)"""
     )
+    assert time.monotonic() - started < 15
     assert seen == {}
     assert faults == [Fault("driver", "no answer within 0.5 s")]
 
@@ -1008,6 +1022,16 @@ def test_a_module_that_kills_python_does_not_kill_the_doctor(copy: Copy, tmp_pat
     assert content["build"] is not None
 
 
+def test_a_module_without_what_is_asked_of_it_hides_nothing_else(copy: Copy) -> None:
+    copy.module.unlink()
+    (copy.package / "_C.py").write_text("cuda_version = None\nversion = '0.0.1'\n")
+    content = copy.facts()
+    (fault,) = content["faults"]
+    assert fault["section"] == "module"
+    assert re.match("AttributeError: .* no attribute", fault["reason"])
+    assert content["torch"]["version"] == "2.13.0"
+
+
 def test_a_module_for_another_python_is_named(copy: Copy) -> None:
     copy.module.rename(copy.package / "_C.cpython-37m-x86_64-linux-gnu.so")
     error = copy.facts()["module"]["error"]
@@ -1062,6 +1086,11 @@ def test_what_torch_prints_is_kept_out_of_the_report(copy: Copy) -> None:
     )
     content = json.loads(copy.run("--json", **chatty).stdout)
     assert content["torch"]["version"] == "2.13.0"
+
+
+def test_files_of_the_package_do_not_pass_for_global_modules(copy: Copy) -> None:
+    mistaken = copy.torch("import sgd")  # fused_opt has an sgd.py beside the script that runs.
+    assert "✗ torch cannot be imported: No module named 'sgd'." in copy.run(**mistaken).stdout
 
 
 def test_a_broken_nvcc_is_shown_and_is_no_problem_beside_a_module(copy: Copy) -> None:
