@@ -212,10 +212,17 @@ def _choice_row(report: Report, build: Build) -> Row:
     mark = report.level("nvcc", "plain")
     if build.refusal:
         return Row(mark, "a build", "would be refused; the reason is given below")
-    if build.nvcc is None:
-        return Row(mark, "a build", "would have no CUDA kernels", build.notes)
-    text = f"would take {build.nvcc}: {code(build.cubins, build.ptx)}"
-    return Row(mark, "a build", text, build.notes)
+    told = [
+        remark
+        for compiler in report.facts.compilers
+        for remark in (compiler.problem, *compiler.warnings)
+        if remark
+    ]
+    notes = [note for note in build.notes if not any(remark in note for remark in told)]
+    text = "would have no CUDA kernels"
+    if build.nvcc is not None:
+        text = f"would take {build.nvcc}: {code(build.cubins, build.ptx)}"
+    return Row(mark, "a build", text, notes)
 
 
 def module_rows(report: Report) -> list[Row]:
@@ -227,11 +234,15 @@ def module_rows(report: Report) -> list[Row]:
     kernels = "none, a CPU-only module"
     if module.cuda_version is not None:
         kernels = f"CUDA {module.cuda_version}: {code(module.cubins, module.ptx)}"
-    levels = ", ".join(module.cpu_isas)
+    others = ", ".join(level for level in module.cpu_isas if level != module.cpu_isa)
     return [
         Row(report.level("module"), "fused_opt._C", f"{module.version}, {module.path}"),
         Row("plain", "CUDA kernels", kernels),
-        Row("plain", "CPU loops", f"{module.cpu_isa}, of {levels} that this CPU runs"),
+        Row(
+            "plain",
+            "CPU loops",
+            f"{module.cpu_isa}" + (f" (rather than {others})" if others else ""),
+        ),
     ]
 
 

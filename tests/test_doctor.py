@@ -634,7 +634,7 @@ def test_the_text_shows_module_torch_driver_gpus_and_steps() -> None:
     text = text_of(machine(), width=200)
     assert re.search(r"✓ fused_opt\._C +0\.1\.0, /site/fused_opt/_C\.cpython-311\.so", text)
     assert re.search(r"CUDA kernels +CUDA 12\.8: machine code 80 90 and PTX 80 90", text)
-    assert re.search(r"CPU loops +x86-64-v3, of baseline, x86-64-v3 that this CPU runs", text)
+    assert re.search(r"CPU loops +x86-64-v3 \(rather than baseline\)\n", text)
     assert re.search(r"✓ torch +2\.13\.0\+cu128, built for CUDA 12\.8, can use 1 GPU", text)
     assert "for CUDA 12.4; the oldest one for this module is R530, for CUDA 12.1" in text
     assert re.search(r"✓ cuda:0 +NVIDIA H100, compute capability 9\.0: runs native machine", text)
@@ -647,6 +647,21 @@ def test_warnings_of_a_compiler_are_shown() -> None:
     assert re.search(
         r"! nvcc 12\.8(.*\n)+? +what it builds cannot run here", text_of(machine(compilers=[nvcc]))
     )
+
+
+def test_notes_of_a_build_are_shown_unless_a_compiler_has_them_already() -> None:
+    nvcc = dataclasses.replace(HEALTHY_NVCC, warnings=["it ends at CUDA 12.4"])
+    notes = [
+        f"passed over /usr/bin/nvcc: {BROKEN_NVCC.problem}",
+        "it ends at CUDA 12.4",
+        "90a is 90",
+    ]
+    build = Build("/usr/local/cuda/bin/nvcc", [90], [90], [90], notes)
+    text = text_of(machine(compilers=[BROKEN_NVCC, nvcc], build=build), width=200)
+    assert re.search(r"would take .*machine code 90 and PTX 90\n +90a is 90\n", text)
+    assert text.count("mixed or broken toolkit") == text.count("it ends at CUDA 12.4") == 1
+    without = text_of(machine(build=Build(notes=["NO NVCC FOUND: set FUSED_OPT_NVCC"])))
+    assert re.search(r"· a build +would have no CUDA kernels\n +NO NVCC FOUND", without)
 
 
 def test_variables_that_matter_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
