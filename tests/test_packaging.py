@@ -131,7 +131,8 @@ build_meta.prepare_metadata_for_build_wheel(sys.argv[1], settings)
 @pytest.mark.slow
 def test_wheel_holds_the_package_alone(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        files = [name for name in archive.namelist() if not name.endswith("/")]
+    names = [name for name in files if ".dist-info/" not in name]
     assert {"fused_opt/py.typed", "fused_opt/doctor.py", "fused_opt/_C.pyi"} <= set(names)
     assert len([name for name in names if re.fullmatch(r"fused_opt/_C\..*so", name)]) == 1
     # A folder fused_opt.libs would hold bundled libraries, a second libgomp among them.
