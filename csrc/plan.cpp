@@ -35,21 +35,8 @@ bool same_shape(const TensorView& a, const TensorView& b) {
 
 // The dtype table, which README.md shows: what may stand beside a parameter.
 bool dtype_fits(DType param, DType other, Stream stream) {
-  switch (stream) {
-    case kGrad:
-      return (param == DType::kFloat64) == (other == DType::kFloat64);
-    case kShadow:
-      return other == param || other == DType::kFloat32;
-    default:
-      return other == param;
-  }
-}
-
-// Where a stream is absent, the dtype it would most likely have: rows with and without it then
-// share a launch.
-DType usual_dtype(DType param, Stream stream) {
-  const bool half = param == DType::kBFloat16 || param == DType::kFloat16;
-  return stream == kShadow && half ? DType::kFloat32 : param;
+  if (param != DType::kFloat64) return other != DType::kFloat64;
+  return other == DType::kFloat64 || (stream == kShadow && other == DType::kFloat32);
 }
 
 void check_fit(const TensorView& param, const TensorView& other, uint32_t row, Stream stream) {
@@ -102,10 +89,7 @@ bool Plan::add_row(const TensorView* const (&views)[kStreams], uint16_t group, b
   bool common_order = param_dense;
   for (int s = 0; s < kStreams; ++s) {
     const Stream stream = Stream(s);
-    if (views[s] == nullptr) {
-      row.dtype[s] = usual_dtype(param.dtype, stream);
-      continue;
-    }
+    if (views[s] == nullptr) continue;
     const TensorView& view = *views[s];
     row.data[s] = view.data;
     row.dtype[s] = view.dtype;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "rules/host_device.h"
 #include "rules/hyper.h"
 
 namespace fused_opt {
@@ -40,7 +41,7 @@ struct TensorList {
 };
 
 // Bytes of an element. Inlined always, so that no ISA level exports a copy.
-inline __attribute__((always_inline)) int element_size(DType dtype) {
+FUSED_OPT_HD int element_size(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
       return 8;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 Formulation = Literal["torch", "sutskever"]
@@ -13,11 +14,20 @@ FORMULATIONS: tuple[str, ...] = get_args(Formulation)
 #: and so have different names: neither can be taken for the other.
 STATE_KEY = {"torch": "momentum_buffer", "sutskever": "velocity"}
 
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def check_formulation(formulation: Any) -> None:
     """Raises ValueError unless it is one of :data:`FORMULATIONS`."""
     if formulation not in FORMULATIONS:
         raise ValueError(f"Invalid formulation: {formulation!r}, expected one of {FORMULATIONS}")
+
+
+def check_state_dtype(state_dtype: Any) -> None:
+    """Raises ValueError unless momentum can be stored in it; None stands for the parameter's."""
+    if state_dtype is not None and state_dtype not in STATE_DTYPES:
+        names = ", ".join(map(str, STATE_DTYPES))
+        raise ValueError(f"Invalid state_dtype: {state_dtype!r}, expected None or one of {names}")
 
 
 def check_decay(decay: Any) -> None:
@@ -47,11 +57,13 @@ class SgdHyper(NamedTuple):
     maximize: bool = False
     formulation: str = "torch"
     reset_grads: bool = False
+    state_dtype: torch.dtype | None = None
 
     @classmethod
     def of_group(cls, group: dict[str, Any], grad_scale: float = 1.0) -> SgdHyper:
         """Reads an entry of ``param_groups``, which users change between steps."""
         check_formulation(group["formulation"])
+        check_state_dtype(group["state_dtype"])
         return cls(
             lr=group["lr"],
             momentum=group["momentum"],
@@ -62,6 +74,7 @@ class SgdHyper(NamedTuple):
             maximize=group["maximize"],
             formulation=group["formulation"],
             reset_grads=group["reset_grads"],
+            state_dtype=group["state_dtype"],
         )
 
     @property

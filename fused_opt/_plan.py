@@ -96,7 +96,7 @@ class Plan:
         if rows.momentum_buffers is not None:
             # With -0.0, momentum * buffer + g is g to the last bit, also where g is -0.0.
             rows.momentum_buffers[:] = [
-                torch.full_like(param, -0.0, requires_grad=False)
+                torch.full_like(param, -0.0, dtype=hyper.state_dtype, requires_grad=False)
                 if isinstance(param, Tensor)
                 else None  # refused below
                 for param in rows.params
@@ -261,6 +261,8 @@ class Plan:
             if first:
                 momentums[:] = [None] * len(momentums)  # a sparse gradient has a sparse one
             _composite.sgd_step_(rows.params, rows.grads or [], momentums, hyper)
+            if first and hyper.state_dtype is not None:
+                momentums[:] = [m if m is None else m.to(hyper.state_dtype) for m in momentums]
             if all_rows.momentum_buffers is not None:
                 for index, momentum in zip(indices, momentums, strict=True):
                     all_rows.momentum_buffers[index] = momentum
@@ -278,6 +280,11 @@ class Plan:
             raise ValueError(
                 f"{self._subject('params', param)}: expected a complex dtype or one of "
                 f"{', '.join(map(str, _DTYPES))}, got {param.dtype}"
+            )
+        if hyper is not None and hyper.state_dtype is not None and param.is_complex():
+            raise ValueError(
+                f"{self._subject('params', param)}: expected state_dtype None with a complex "
+                f"parameter, got {hyper.state_dtype}"
             )
         for name, stream in zip(_STREAMS[1:], row[1:], strict=True):
             tensor = None if stream is None else stream[0]

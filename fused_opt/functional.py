@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_opt._hyper import SgdHyper, check_decay, check_formulation
+from fused_opt._hyper import SgdHyper, check_decay, check_formulation, check_state_dtype
 from fused_opt._plan import Plan, Rows
 
 
@@ -55,6 +55,7 @@ def sgd_step_(
     maximize: bool = False,
     formulation: str = "torch",
     reset_grads: bool = False,
+    state_dtype: torch.dtype | None = None,
     shadows: Sequence[Tensor | None] | None = None,
     decay: float | None = None,
 ) -> None:
@@ -74,9 +75,9 @@ def sgd_step_(
             CPU or CUDA, mixed at will.
         grads: of the same shapes and devices. Any of float32, bfloat16 and float16 beside any of
             them, float64 beside float64.
-        momentum_buffers: of the parameters' shapes and dtypes, updated in place. None in the list
-            stands for a parameter's first step, which is not dampened, and is replaced by the new
-            buffer. The list itself may be None or empty if momentum is 0.
+        momentum_buffers: of the same shapes, devices and choice of dtypes, updated in place. None
+            in the list stands for a parameter's first step, which is not dampened, and is replaced
+            by the new buffer. The list itself may be None or empty if momentum is 0.
         lr: the learning rate, or a one-element tensor; on the parameters' GPU it is read there.
         momentum: 0 keeps no buffers.
         dampening: scales the gradient on its way into the buffer by ``1 - dampening``.
@@ -85,8 +86,9 @@ def sgd_step_(
         maximize: ascends instead of descending.
         formulation: ``"torch"`` or ``"sutskever"``, whose buffers hold −lr·v.
         reset_grads: fills the gradients with 0 once they are read.
-        shadows: moving averages of the parameters, updated in place; float32 or the parameter's
-            dtype. None in the list leaves a parameter without one.
+        state_dtype: of new momentum buffers; None for the parameter's.
+        shadows: moving averages of the parameters, updated in place; of the same choice of dtypes,
+            or float32 beside float64. None in the list leaves a parameter without one.
         decay: of the moving averages, in [0, 1]; required with ``shadows``.
 
     Raises:
@@ -112,6 +114,7 @@ def sgd_step_(
         maximize=maximize,
         formulation=formulation,
         reset_grads=reset_grads,
+        state_dtype=state_dtype,
     )
     _check(hyper)
     has_momentum = hyper.state_key is not None
@@ -151,8 +154,10 @@ def ema_update_(shadows: Sequence[Tensor], params: Sequence[Tensor], *, decay: f
     evaluated as ``torch.lerp`` does; decay 0 copies exactly, and decay 1 keeps the shadow exactly.
 
     Args:
-        shadows: the averages, updated in place; float32 or the parameter's dtype.
-        params: of the same shapes and devices; float32, bfloat16, float16 or float64.
+        shadows: the averages, updated in place; float32, bfloat16 or float16 in any mixture, or
+            float64.
+        params: of the same shapes and devices; float32, bfloat16 or float16, or float64 beside a
+            float64 or float32 average.
         decay: β, in [0, 1].
 
     Raises:
@@ -189,6 +194,7 @@ def _check(hyper: SgdHyper) -> None:
     if hyper.nesterov and (hyper.momentum <= 0 or hyper.dampening != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
     check_formulation(hyper.formulation)
+    check_state_dtype(hyper.state_dtype)
 
 
 def _check_length(name: str, tensors: Sequence[Any] | None, params: Sequence[Tensor]) -> None:

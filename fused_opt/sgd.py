@@ -10,7 +10,13 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from fused_opt._composite import sgd_formula
-from fused_opt._hyper import STATE_KEY, SgdHyper, as_scalar, check_formulation
+from fused_opt._hyper import (
+    STATE_KEY,
+    SgdHyper,
+    as_scalar,
+    check_formulation,
+    check_state_dtype,
+)
 from fused_opt._plan import Plan, Rows
 from fused_opt.ema import EMA
 
@@ -43,10 +49,10 @@ class SGD(torch.optim.SGD):
     applies the new η to the whole momentum at once, the second only to new gradients. The state
     holds w as ``velocity``; momentum found under the other name is converted with the current η.
 
-    Parameters and gradients may be float32, bfloat16 and float16 in any mixture, or float64, on
-    CPU and CUDA; arithmetic is float32 (float64 for float64), and the momentum is stored in the
-    parameter's dtype. Sparse and complex tensors and tensor subclasses run through plain torch
-    operations. Gradients are never written, unless ``reset_grads`` asks for it.
+    Parameters, gradients, momentum and shadows may be float32, bfloat16 and float16 in any
+    mixture, or float64, on CPU and CUDA; arithmetic is float32 (float64 for float64), rounded once
+    where a result is stored. Sparse and complex tensors and tensor subclasses run through plain
+    torch operations. Gradients are never written, unless ``reset_grads`` asks for it.
 
     Args:
         params: parameters, named parameters, or param groups, as for ``torch.optim.SGD``.
@@ -65,11 +71,14 @@ class SGD(torch.optim.SGD):
         formulation: ``"torch"`` or ``"sutskever"``.
         reset_grads: the step fills the gradients it has read with 0, in place. A gradient that is
             None stays None.
+        state_dtype: the dtype that the momentum is stored in; None for the parameter's. Checkpoints
+            keep it: momentum in another dtype is converted when it is loaded.
 
     Raises:
-        ValueError: as ``torch.optim.SGD``, with its messages; an unknown formulation; an ``ema``
-            that is attached to another optimizer. ``step``: gradients or momentum that do not fit
-            their parameter, tensors that share memory. Nothing has changed.
+        ValueError: as ``torch.optim.SGD``, with its messages; an unknown formulation or
+            ``state_dtype``; an ``ema`` that is attached to another optimizer. ``step``: gradients
+            or momentum that do not fit their parameter, tensors that share memory. Nothing has
+            changed.
         RuntimeError: ``step``: the EMA's shadows are applied, or CUDA fails.
 
     Example:
@@ -108,6 +117,7 @@ class SGD(torch.optim.SGD):
         ema: EMA | None = None,
         formulation: Literal["torch", "sutskever"] = "torch",
         reset_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -123,16 +133,21 @@ class SGD(torch.optim.SGD):
         )
         if differentiable and reset_grads:
             raise ValueError("reset_grads would overwrite gradients that differentiable needs")
-        self.defaults.update(formulation=formulation, reset_grads=reset_grads)
+        if differentiable and state_dtype is not None:
+            raise ValueError("state_dtype would round the momentum that differentiable needs")
+        self.defaults.update(
+            formulation=formulation, reset_grads=reset_grads, state_dtype=state_dtype
+        )
         self._complete_groups()
         self._start(ema)
 
     def _complete_groups(self) -> None:
         """Gives every group our own options, where it has none, and checks them."""
         for group in self.param_groups:
-            for option in ("formulation", "reset_grads"):
+            for option in _OWN_OPTIONS:
                 group.setdefault(option, self.defaults[option])
             check_formulation(group["formulation"])
+            check_state_dtype(group["state_dtype"])
 
     def _start(self, ema: EMA | None) -> None:
         self._plan = Plan()
@@ -148,8 +163,8 @@ class SGD(torch.optim.SGD):
         # load_state_dict comes here too, without an EMA: the one that is attached stays.
         ema = state.pop("ema", self.__dict__.get("_ema"))
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.defaults.setdefault("formulation", "torch")
-        self.defaults.setdefault("reset_grads", False)
+        for option, default in _OWN_OPTIONS.items():
+            self.defaults.setdefault(option, default)
         self._complete_groups()
         self._start(ema)
 
@@ -159,21 +174,34 @@ class SGD(torch.optim.SGD):
 
         A group's options are replaced by the checkpoint's, the formulation like the learning rate;
         those that it lacks, as torch's checkpoints lack ours, stay as they are. Momentum of another
-        formulation than the group's is converted at the next step.
+        formulation than the group's is converted at the next step, and momentum of another dtype
+        than the group's ``state_dtype`` asks for at once.
         """
         groups = state_dict["param_groups"]
         if len(groups) == len(self.param_groups):  # otherwise torch raises
-            kept = ("formulation", "reset_grads")
             groups = [
-                {**{option: own[option] for option in kept}, **group}
+                {**{option: own[option] for option in _OWN_OPTIONS}, **group}
                 for own, group in zip(self.param_groups, groups, strict=True)
             ]
         super().load_state_dict({**state_dict, "param_groups": groups})
+        self._restore_state_dtype(state_dict)
+
+    def _restore_state_dtype(self, state_dict: dict[str, Any]) -> None:
+        """Takes the momentum as it was saved: torch has rounded it to the parameter's dtype."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if group["state_dtype"] is None:
+                continue
+            for param, index in zip(group["params"], saved["params"], strict=True):
+                for key in STATE_KEY.values():
+                    momentum = state_dict["state"].get(index, {}).get(key)
+                    if isinstance(momentum, Tensor):
+                        self.state[param][key] = momentum.to(param.device, group["state_dtype"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group, as in torch; it may name its own ``formulation``, ``reset_grads``."""
+        """Adds a param group, as in torch; it may name its own ``formulation`` and so on."""
         if isinstance(param_group, dict):  # otherwise torch raises
             check_formulation(param_group.get("formulation", "torch"))
+            check_state_dtype(param_group.get("state_dtype"))
         super().add_param_group(param_group)
 
     @property
@@ -319,5 +347,8 @@ class SGD(torch.optim.SGD):
                     return f"{stream} of parameter {i} in group {g}{name}"
         return f"{stream} of a parameter that only the EMA tracks"
 
+
+# What a param group has beyond torch's options, and what it is where nothing is said.
+_OWN_OPTIONS = {"formulation": "torch", "reset_grads": False, "state_dtype": None}
 
 _OTHER = {"torch": "sutskever", "sutskever": "torch"}

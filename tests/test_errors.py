@@ -160,13 +160,13 @@ BAD_STEPS: dict[str, tuple[Callable[[Arguments], Any], tuple[str, ...]]] = {
         ("momentum", "2, 3", "1, 3"),
     ),
     "momentum of another dtype": (
-        put("momentum_buffers", 0, Tensor.bfloat16),
-        ("momentum", "bfloat16", "float32"),
+        put("momentum_buffers", 0, Tensor.double),
+        ("momentum", "float64", "float32"),
     ),
     "shadow of the wrong shape": (put("shadows", 1, lambda s: s[:4]), ("shadow", "5", "4")),
     "shadow of another dtype": (
-        put("shadows", 1, Tensor.bfloat16),
-        ("shadow", "bfloat16", "float32"),
+        put("shadows", 1, Tensor.double),
+        ("shadow", "float64", "float32"),
     ),
     "fewer gradients": (shorten("grads"), ("grads", "2", "3")),
     "fewer momentum buffers": (shorten("momentum_buffers"), ("momentum_buffers", "2", "3")),
@@ -226,7 +226,7 @@ def test_none_among_the_parameters_is_refused():
 BAD_UPDATES: dict[str, tuple[Callable[[Arguments], Any], tuple[str, ...]]] = {
     "fewer shadows": (shorten("shadows"), ("shadows", "2", "3")),
     "shadow of the wrong shape": (put("shadows", 1, lambda s: s[:4]), ("shadow", "5", "4")),
-    "shadow of another dtype": (put("shadows", 1, Tensor.half), ("shadow", "float16", "float32")),
+    "shadow of another dtype": (put("shadows", 1, Tensor.int), ("shadow", "int32", "float32")),
     "shadow on another device": (put("shadows", 2, lambda s: s.to("meta")), ("meta", "cpu")),
     "decay above one": (set_to(decay=1.001), ("decay", r"1\.001")),
     "decay below zero": (set_to(decay=-1), ("decay", "-1")),
@@ -476,8 +476,8 @@ BAD_TRAININGS: dict[str, tuple[Callable[[Training], Any], tuple[str, ...]]] = {
         ("momentum", "7", "6"),
     ),
     "momentum buffer of another dtype": (
-        give_state("momentum_buffer", torch.zeros(7, dtype=BF16)),
-        ("momentum", "bfloat16", "float32"),
+        give_state("momentum_buffer", torch.zeros(7, dtype=torch.float64)),
+        ("momentum", "float64", "float32"),
     ),
     "momentum buffer on another device": (
         give_state("momentum_buffer", torch.zeros(7, device="meta")),

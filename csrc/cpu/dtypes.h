@@ -1,4 +1,4 @@
-// The element types of a stream on the CPU and their conversion to the type that is computed in.
+// The element types of a stream on the CPU, and their conversion to the type that is computed in.
 // Included only by kernels.cpp, once per ISA level; all of it is local to that unit.
 #pragma once
 
@@ -24,17 +24,6 @@ struct Float16 {
   uint16_t bits;
 };
 
-template <typename E>
-struct ComputeType {
-  using type = float;
-};
-template <>
-struct ComputeType<double> {
-  using type = double;
-};
-template <typename E>
-using Compute = typename ComputeType<E>::type;
-
 FUSED_OPT_HD uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -47,8 +36,17 @@ FUSED_OPT_HD float float_of(uint32_t bits) {
   return value;
 }
 
-// Half types are converted a tile at a time, in loops of their own: mixed into the loop of a rule
-// g++ vectorises them badly (bf16) or not at all (fp16).
+// Types are converted a tile at a time, in loops of their own: mixed into the loop of a rule g++
+// vectorises them badly (bf16) or not at all (fp16).
+
+FUSED_OPT_HD void widen_tile(const float* from, double* to) {
+#pragma omp simd
+  for (int i = 0; i < kTile; ++i) to[i] = from[i];
+}
+FUSED_OPT_HD void narrow_tile(const double* from, float* to) {
+#pragma omp simd
+  for (int i = 0; i < kTile; ++i) to[i] = float(from[i]);
+}
 
 FUSED_OPT_HD void widen_tile(const BFloat16* from, float* to) {
 #pragma omp simd

@@ -17,186 +17,144 @@ using rules::SgdRule;
 // Elements that all streams of a row pass through the L1 cache together: the shadow's loop finds
 // the new parameter there, not in memory. A short block keeps the fetches of all streams mixed:
 // 1024 elements are 5 % slower, and a single loop over all streams is no faster.
-constexpr int kBlock = 128;
 
 // How far ahead to fetch. The hardware prefetchers stop at page ends and lose track of seven
 // streams; on a tensor of 25 million elements this is worth 8 %.
 constexpr int kPrefetchBytes = 2048;
 
-template <typename E>
-FUSED_OPT_HD void prefetch(const E* tile) {
-  const char* ahead = reinterpret_cast<const char*>(tile) + kPrefetchBytes;
-  for (int line = 0; line < int(kTile * sizeof(E)); line += 64) __builtin_prefetch(ahead + line);
+FUSED_OPT_HD void prefetch(const char* tile, int bytes) {
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(tile + kPrefetchBytes + line);
 }
 
-// A tile of a stream as values to compute with: in place for float and double, through a buffer
-// for half types.
-template <typename E>
-struct Tile {
-  E* elements;
-  FUSED_OPT_HD Tile(E* elements_, int) : elements(elements_) { prefetch(elements); }
-  FUSED_OPT_HD E load(int i) const { return elements[i]; }
-  FUSED_OPT_HD void store(int i, Compute<E> value) { elements[i] = E(value); }
-  FUSED_OPT_HD void flush(int) {}
-};
+// A tile of a stream as numbers of T to compute with. Where the stream is of T itself they are its
+// own memory, and elsewhere a converted copy. Which it is is asked once a tile, so that any mixture
+// of dtypes runs in the same loops.
+template <typename T>
+class Tile {
+ public:
+  FUSED_OPT_HD Tile(char* data, DType dtype, int count)
+      : data_(data), dtype_(dtype), count_(count) {
+    prefetch(data, kTile * element_size(dtype));
+    if (in_place()) {
+      values_ = reinterpret_cast<T*>(data);
+      return;
+    }
+    values_ = buffer_;
+    reload();
+  }
+  Tile(const Tile&) = delete;
 
-template <typename Half>
-struct BufferedTile {
-  Half* elements;
-  alignas(64) float values[kTile];
+  FUSED_OPT_HD T* values() { return values_; }
 
-  FUSED_OPT_HD BufferedTile(Half* elements_, int count) : elements(elements_) {
-    prefetch(elements);
-    if (count == kTile) {
-      widen_tile(elements, values);
+  FUSED_OPT_HD void reload() {
+    if (!in_place()) visit([this](auto* elements) { widen(elements); });
+  }
+
+  // Stores the values back.
+  FUSED_OPT_HD void flush() {
+    if (!in_place()) visit([this](auto* elements) { narrow(elements); });
+  }
+
+ private:
+  FUSED_OPT_HD bool in_place() const {
+    return dtype_ == (sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32);
+  }
+
+  // Calls body with the elements as what they are. plan.cpp has refused all other dtypes.
+  template <typename Body>
+  FUSED_OPT_HD void visit(Body body) {
+    if constexpr (sizeof(T) == sizeof(double)) {
+      body(reinterpret_cast<float*>(data_));
+    } else if (dtype_ == DType::kBFloat16) {
+      body(reinterpret_cast<BFloat16*>(data_));
     } else {
-      Half padded[kTile] = {};
-      std::memcpy(padded, elements, count * sizeof(Half));
-      widen_tile(padded, values);
+      body(reinterpret_cast<Float16*>(data_));
     }
   }
-  FUSED_OPT_HD float load(int i) const { return values[i]; }
-  FUSED_OPT_HD void store(int i, float value) { values[i] = value; }
-  FUSED_OPT_HD void flush(int count) {
-    if (count == kTile) {
-      narrow_tile(values, elements);
+
+  // Whole tiles are converted in loops whose length the compiler knows; the rest is padded.
+  template <typename E>
+  FUSED_OPT_HD void widen(const E* elements) {
+    if (count_ == kTile) return widen_tile(elements, buffer_);
+    E padded[kTile] = {};
+    std::memcpy(padded, elements, count_ * sizeof(E));
+    widen_tile(padded, buffer_);
+  }
+  template <typename E>
+  FUSED_OPT_HD void narrow(E* elements) {
+    if (count_ == kTile) return narrow_tile(buffer_, elements);
+    E padded[kTile];
+    narrow_tile(buffer_, padded);
+    std::memcpy(elements, padded, count_ * sizeof(E));
+  }
+
+  char* data_;
+  DType dtype_;
+  int count_;
+  T* values_;
+  alignas(64) T buffer_[kTile];
+};
+
+template <typename T>
+FUSED_OPT_HD void sgd_tile(const SgdRule<T>& rule, Tile<T>& param, Tile<T>& grad, int count) {
+  T *p = param.values(), *g = grad.values();
+#pragma omp simd
+  for (int i = 0; i < count; ++i) rule.update(p[i], g[i]);
+}
+
+template <typename T>
+FUSED_OPT_HD void sgd_tile(const SgdRule<T>& rule, Tile<T>& param, Tile<T>& grad, Tile<T>& momentum,
+                           int count) {
+  T *p = param.values(), *g = grad.values(), *v = momentum.values();
+#pragma omp simd
+  for (int i = 0; i < count; ++i) rule.update(p[i], g[i], v[i]);
+}
+
+template <typename T>
+FUSED_OPT_HD void ema_tile(const EmaRule<T>& rule, Tile<T>& param, Tile<T>& shadow, int count) {
+  T *p = param.values(), *s = shadow.values();
+#pragma omp simd
+  for (int i = 0; i < count; ++i) rule.update(s[i], p[i]);
+}
+
+// Updates `count` elements from `first` on.
+template <typename T>
+FUSED_OPT_HD void step_tile(const SgdRule<T>& sgd, const EmaRule<T>& ema, const TensorRow& row,
+                            bool reset_grads, int64_t first, int count) {
+  const auto at = [&](Stream stream) {
+    return static_cast<char*>(row.data[stream]) + first * element_size(row.dtype[stream]);
+  };
+  const auto has = [&](Stream stream) { return row.data[stream] != nullptr; };
+
+  Tile<T> param(at(kParam), row.dtype[kParam], count);
+  if (has(kGrad)) {
+    Tile<T> grad(at(kGrad), row.dtype[kGrad], count);
+    if (has(kMomentum)) {
+      Tile<T> momentum(at(kMomentum), row.dtype[kMomentum], count);
+      sgd_tile(sgd, param, grad, momentum, count);
+      momentum.flush();
     } else {
-      Half padded[kTile];
-      narrow_tile(values, padded);
-      std::memcpy(elements, padded, count * sizeof(Half));
+      sgd_tile(sgd, param, grad, count);
     }
+    param.flush();
+    if (has(kShadow)) param.reload();  // the average follows what was stored
+    if (reset_grads) std::memset(at(kGrad), 0, count * element_size(row.dtype[kGrad]));
   }
-};
-
-template <>
-struct Tile<BFloat16> : BufferedTile<BFloat16> {
-  using BufferedTile::BufferedTile;
-};
-template <>
-struct Tile<Float16> : BufferedTile<Float16> {
-  using BufferedTile::BufferedTile;
-};
-
-template <typename P, typename G>
-FUSED_OPT_HD void plain_sgd_tile(const SgdRule<Compute<P>>& rule, P* params, G* grads, int count) {
-  Tile<P> param(params, count);
-  Tile<G> grad(grads, count);
-#pragma omp simd
-  for (int i = 0; i < count; ++i) {
-    Compute<P> p = param.load(i);
-    rule.update(p, grad.load(i));
-    param.store(i, p);
-  }
-  param.flush(count);
-}
-
-template <typename P, typename G>
-FUSED_OPT_HD void momentum_sgd_tile(const SgdRule<Compute<P>>& rule, P* params, G* grads,
-                                    P* velocities, int count) {
-  Tile<P> param(params, count);
-  Tile<G> grad(grads, count);
-  Tile<P> velocity(velocities, count);
-#pragma omp simd
-  for (int i = 0; i < count; ++i) {
-    Compute<P> p = param.load(i), v = velocity.load(i);
-    rule.update(p, grad.load(i), v);
-    param.store(i, p);
-    velocity.store(i, v);
-  }
-  param.flush(count);
-  velocity.flush(count);
-}
-
-template <typename P, typename S>
-FUSED_OPT_HD void ema_tile(const EmaRule<Compute<P>>& rule, P* params, S* shadows, int count) {
-  Tile<P> param(params, count);
-  Tile<S> shadow(shadows, count);
-#pragma omp simd
-  for (int i = 0; i < count; ++i) {
-    Compute<P> s = shadow.load(i);
-    rule.update(s, param.load(i));
-    shadow.store(i, s);
-  }
-  shadow.flush(count);
-}
-
-// Runs whole tiles, whose count the compiler knows, and then the rest.
-template <typename Body>
-FUSED_OPT_HD void for_tiles(int count, Body body) {
-  int i = 0;
-  for (; i + kTile <= count; i += kTile) body(i, kTile);
-  if (i < count) body(i, count - i);
-}
-
-template <typename P, typename G>
-void sgd_block(const SgdRule<Compute<P>>& rule, P* params, void* grads, P* velocities, int count) {
-  G* g = static_cast<G*>(grads);
-  if (velocities == nullptr) {
-    for_tiles(count, [&](int i, int n) { plain_sgd_tile(rule, params + i, g + i, n); });
-  } else {
-    for_tiles(count,
-              [&](int i, int n) { momentum_sgd_tile(rule, params + i, g + i, velocities + i, n); });
+  if (has(kShadow)) {
+    Tile<T> shadow(at(kShadow), row.dtype[kShadow], count);
+    ema_tile(ema, param, shadow, count);
+    shadow.flush();
   }
 }
 
-template <typename P, typename S>
-void ema_block(const EmaRule<Compute<P>>& rule, P* params, void* shadows, int count) {
-  S* s = static_cast<S*>(shadows);
-  for_tiles(count, [&](int i, int n) { ema_tile(rule, params + i, s + i, n); });
-}
-
-template <typename P>
-using SgdBlock = void (*)(const SgdRule<Compute<P>>&, P*, void*, P*, int);
-template <typename P>
-using EmaBlock = void (*)(const EmaRule<Compute<P>>&, P*, void*, int);
-
-// Which loop serves a gradient or shadow of this dtype beside a parameter of type P. plan.cpp has
-// refused all others.
-template <typename P>
-struct Loops {
-  static SgdBlock<P> sgd(DType grad) {
-    switch (grad) {
-      case DType::kBFloat16:
-        return sgd_block<P, BFloat16>;
-      case DType::kFloat16:
-        return sgd_block<P, Float16>;
-      default:
-        return sgd_block<P, float>;
-    }
-  }
-  static EmaBlock<P> ema(DType shadow) {
-    return shadow == DType::kFloat32 ? ema_block<P, float> : ema_block<P, P>;
-  }
-};
-
-template <>
-struct Loops<double> {
-  static SgdBlock<double> sgd(DType) { return sgd_block<double, double>; }
-  static EmaBlock<double> ema(DType shadow) {
-    return shadow == DType::kFloat32 ? ema_block<double, float> : ema_block<double, double>;
-  }
-};
-
-template <typename P>
+template <typename T>
 void step_chunk(const TensorRow& row, const Group& group, int64_t begin, int64_t end) {
-  const SgdRule<Compute<P>> sgd_rule(group.sgd);
-  const EmaRule<Compute<P>> ema_rule(group.decay);
-  const SgdBlock<P> sgd = Loops<P>::sgd(row.dtype[kGrad]);
-  const EmaBlock<P> ema = Loops<P>::ema(row.dtype[kShadow]);
-
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int count = int(end - i < kBlock ? end - i : kBlock);
-    const auto at = [&](Stream stream) -> char* {
-      char* data = static_cast<char*>(row.data[stream]);
-      return data == nullptr ? nullptr : data + i * element_size(row.dtype[stream]);
-    };
-    P* params = reinterpret_cast<P*>(at(kParam));
-    if (char* grads = at(kGrad)) {
-      sgd(sgd_rule, params, grads, reinterpret_cast<P*>(at(kMomentum)), count);
-      if (group.reset_grads) std::memset(grads, 0, count * element_size(row.dtype[kGrad]));
-    }
-    if (char* shadows = at(kShadow)) ema(ema_rule, params, shadows, count);
-  }
+  const SgdRule<T> sgd(group.sgd);
+  const EmaRule<T> ema(group.decay);
+  int64_t i = begin;
+  // Whole tiles, whose count the compiler knows, and then the rest.
+  for (; i + kTile <= end; i += kTile) step_tile(sgd, ema, row, group.reset_grads, i, kTile);
+  if (i < end) step_tile(sgd, ema, row, group.reset_grads, i, int(end - i));
 }
 
 }  // namespace
@@ -210,14 +168,6 @@ extern "C" void FUSED_OPT_CONCAT(fused_opt_kernels_, FUSED_OPT_ISA)(const fused_
                                                                     int64_t begin, int64_t end) {
   using namespace fused_opt;
   using namespace fused_opt::cpu;
-  switch (row.dtype[kParam]) {
-    case DType::kFloat32:
-      return step_chunk<float>(row, group, begin, end);
-    case DType::kFloat64:
-      return step_chunk<double>(row, group, begin, end);
-    case DType::kBFloat16:
-      return step_chunk<BFloat16>(row, group, begin, end);
-    case DType::kFloat16:
-      return step_chunk<Float16>(row, group, begin, end);
-  }
+  if (row.dtype[kParam] == DType::kFloat64) return step_chunk<double>(row, group, begin, end);
+  step_chunk<float>(row, group, begin, end);
 }

@@ -45,7 +45,7 @@ DeviceGroup<T> device_group(const Group& group) {
 }
 
 // Launches rows in tables of one size, as many rows in each as fit.
-template <typename P, typename G, typename S, typename Table>
+template <typename T, bool kMixed, typename Table>
 class Launcher {
  public:
   Launcher(const TensorList& list, int device, cudaStream_t stream)
@@ -59,6 +59,8 @@ class Launcher {
     table_->numel[rows_] = row.numel;
     table_->first_chunk[rows_] = uint32_t(chunks_);
     table_->group[rows_] = uint8_t(slot);
+    table_->dtypes[rows_] = 0;
+    for (int s = 0; s < kStreams; ++s) table_->dtypes[rows_] |= uint8_t(row.dtype[s]) << (2 * s);
     chunks_ += chunks;
     ++rows_;
   }
@@ -66,7 +68,7 @@ class Launcher {
   void flush() {
     if (rows_ == 0) return;
     table_->rows = rows_;
-    const auto kernel = reinterpret_cast<const void*>(step_kernel<P, G, S, Table>);
+    const auto kernel = reinterpret_cast<const void*>(step_kernel<T, kMixed, Table>);
     preload(kernel, device_);
     void* arguments[] = {table_.get()};
     check(cudaLaunchKernel(kernel, dim3(unsigned(chunks_)), dim3(kThreads), arguments, 0, stream_),
@@ -83,7 +85,7 @@ class Launcher {
   int slot_of(int group) {
     if (group == last_group_) return groups_ - 1;
     if (groups_ == Table::kGroups) flush();
-    table_->groups[groups_] = device_group<Compute<P>>(list_.groups[group]);
+    table_->groups[groups_] = device_group<T>(list_.groups[group]);
     last_group_ = group;
     return groups_++;
   }
@@ -96,46 +98,39 @@ class Launcher {
   int64_t chunks_ = 0;
 };
 
-using Rows = std::vector<const TensorRow*>;
+template <typename T>
+bool is_all_wide(const TensorRow& row) {
+  for (int s = 0; s < kStreams; ++s) {
+    if (row.data[s] != nullptr && row.dtype[s] != kWide<T>) return false;
+  }
+  return true;
+}
 
-template <typename P, typename G, typename S>
-void launch(const TensorList& list, const Rows& rows, int device, cudaStream_t stream) {
-  using Small = SmallTable<Compute<P>>;
+// Launches the rows that are computed in T.
+template <typename T>
+void launch(const TensorList& list, int device, cudaStream_t stream) {
+  std::vector<const TensorRow*> rows;
+  int groups = 0;
+  bool mixed = false;
+  for (const TensorRow& row : list.rows) {
+    if ((row.dtype[kParam] == DType::kFloat64) != (kWide<T> == DType::kFloat64)) continue;
+    groups += rows.empty() || row.group != rows.back()->group;
+    mixed = mixed || !is_all_wide<T>(row);
+    rows.push_back(&row);
+  }
   const auto run = [&](auto launcher) {
     for (const TensorRow* row : rows) launcher.add(*row);
     launcher.flush();
   };
-  int groups = 1;
-  for (size_t r = 1; r < rows.size(); ++r) groups += rows[r]->group != rows[r - 1]->group;
-  if (rows.size() <= Small::kRows && groups <= Small::kGroups) {
-    run(Launcher<P, G, S, Small>(list, device, stream));
-  } else {
-    run(Launcher<P, G, S, LargeTable<Compute<P>>>(list, device, stream));
+  using Small = SmallTable<T>;
+  using Large = LargeTable<T>;
+  const bool small = rows.size() <= Small::kRows && groups <= Small::kGroups;
+  if (mixed) {
+    if (small) return run(Launcher<T, true, Small>(list, device, stream));
+    return run(Launcher<T, true, Large>(list, device, stream));
   }
-}
-
-// Calls body with a value of the element type that a dtype stands for.
-template <typename Body>
-void with_type(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float{});
-    case DType::kFloat64:
-      return body(double{});
-    case DType::kBFloat16:
-      return body(__nv_bfloat16{});
-    case DType::kFloat16:
-      return body(__half{});
-  }
-}
-
-// The same table as dtype_fits in plan.cpp, which has refused all other rows.
-template <typename P, typename G, typename S>
-constexpr bool kHasKernel = std::is_same_v<P, double> == std::is_same_v<G, double> &&
-                            (std::is_same_v<S, P> || std::is_same_v<S, float>);
-
-bool same_dtypes(const TensorRow& a, const TensorRow& b) {
-  return std::equal(a.dtype, a.dtype + kStreams, b.dtype);
+  if (small) return run(Launcher<T, false, Small>(list, device, stream));
+  run(Launcher<T, false, Large>(list, device, stream));
 }
 
 }  // namespace
@@ -147,25 +142,8 @@ void multi_tensor_apply(const TensorList& list, int device, void* stream) {
     throw std::logic_error("the tensors are on cuda:" + std::to_string(device) +
                            ", but the current device is cuda:" + std::to_string(current));
   }
-  std::vector<const TensorRow*> left;
-  for (const TensorRow& row : list.rows) left.push_back(&row);
-  while (!left.empty()) {
-    const TensorRow& first = *left.front();
-    const auto rest = std::stable_partition(
-        left.begin(), left.end(), [&](const TensorRow* row) { return same_dtypes(*row, first); });
-    const Rows rows(left.begin(), rest);
-    with_type(first.dtype[kParam], [&](auto p) {
-      with_type(first.dtype[kGrad], [&](auto g) {
-        with_type(first.dtype[kShadow], [&](auto s) {
-          if constexpr (kHasKernel<decltype(p), decltype(g), decltype(s)>) {
-            launch<decltype(p), decltype(g), decltype(s)>(list, rows, device,
-                                                          static_cast<cudaStream_t>(stream));
-          }
-        });
-      });
-    });
-    left.erase(left.begin(), rest);
-  }
+  launch<float>(list, device, static_cast<cudaStream_t>(stream));
+  launch<double>(list, device, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace fused_opt::cuda

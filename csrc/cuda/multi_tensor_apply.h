@@ -1,4 +1,4 @@
-// The CUDA backend: one launch over all tensors of the same dtypes. Needs no torch, no libcuda.
+// The CUDA backend: one launch over all tensors (float64 has its own). Needs no torch, no libcuda.
 #pragma once
 
 #include <stdexcept>

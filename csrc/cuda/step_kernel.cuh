@@ -22,12 +22,12 @@ struct DeviceGroup {
 };
 
 // The table of a launch travels in its kernel parameters, so a step copies nothing to the device
-// and may be captured in a graph. Arrays by field, since a row of 45 bytes would be padded to 48.
+// and may be captured in a graph. Arrays by field, since a row of 46 bytes would be padded to 48.
 template <typename T, int kBytes, int kGroups_>
 struct LaunchTable {
   static constexpr int kGroups = kGroups_;
   static constexpr int kRowBytes =
-      kStreams * sizeof(void*) + sizeof(int64_t) + sizeof(uint32_t) + sizeof(uint8_t);
+      kStreams * sizeof(void*) + sizeof(int64_t) + sizeof(uint32_t) + 2 * sizeof(uint8_t);
   static constexpr int kRows =
       (kBytes - kGroups * int(sizeof(DeviceGroup<T>)) - 2 * int(sizeof(int64_t))) / kRowBytes;
 
@@ -37,7 +37,9 @@ struct LaunchTable {
   int32_t rows;
   uint32_t first_chunk[kRows];
   uint8_t group[kRows];
+  uint8_t dtypes[kRows];  // two bits a stream
 };
+static_assert(kDTypes <= 4 && kStreams <= 4);
 
 // CUDA 12.1 raised the limit of kernel parameters from 4 KB to 32,764 bytes. The launch copies all
 // of them, so short lists use the small table.
@@ -63,104 +65,143 @@ __device__ __forceinline__ int row_of(const Table& table, uint32_t chunk) {
   return low;
 }
 
-// Elements before the first at which every stream is aligned for vectors of N elements, or -1 if
-// there is none: streams of different alignment never reach it together.
-template <int N, typename... E>
-__device__ __forceinline__ int unaligned_head(const E*... streams) {
-#pragma unroll
-  for (int head = 0; head < N; ++head) {
-    if ((((reinterpret_cast<uintptr_t>(streams) + head * sizeof(E)) % kVectorBytes == 0 ||
-          streams == nullptr) &&
-         ...)) {
-      return head;
-    }
-  }
-  return -1;
-}
+// One row, in the registers of each thread. An absent stream is null.
+template <typename T, bool kMixed>
+struct Row {
+  char* data[kStreams];
+  uint32_t dtypes;
 
-// One row as typed pointers; absent streams are null.
-template <typename P, typename G, typename S>
-struct Streams {
-  P* param;
-  G* grad;
-  P* momentum;
-  S* shadow;
+  template <typename Table>
+  __device__ __forceinline__ Row(const Table& table, int row) : dtypes(table.dtypes[row]) {
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) data[s] = static_cast<char*>(table.data[s][row]);
+  }
+
+  __device__ __forceinline__ DType dtype(int stream) const {
+    return kMixed ? DType(dtypes >> (2 * stream) & 3) : kWide<T>;
+  }
+
+  __device__ __forceinline__ char* at(int stream, int64_t i) const {
+    return data[stream] + i * element_size(dtype(stream));
+  }
+
+  // Whether every stream is of the type that is computed in.
+  __device__ __forceinline__ bool is_all_wide() const {
+    bool all = true;
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) all = all && (!data[s] || dtype(s) == kWide<T>);
+    return all;
+  }
+
+  // Elements before the first at which every stream is aligned for vectors of N elements, or -1 if
+  // there is none: streams of different alignment never reach it together.
+  template <int N>
+  __device__ __forceinline__ int unaligned_head() const {
+    for (int head = 0; head < N; ++head) {
+      bool aligned = true;
+#pragma unroll
+      for (int s = 0; s < kStreams; ++s) {
+        const auto address = reinterpret_cast<uintptr_t>(at(s, head));
+        aligned = aligned && (!data[s] || address % kVectorBytes == 0);
+      }
+      if (aligned) return head;
+    }
+    return -1;
+  }
 };
 
-// Updates N elements from element i on. All loads are issued before the first use.
-template <int N, typename T, typename P, typename G, typename S>
-__device__ __forceinline__ void update(const Streams<P, G, S>& streams, const DeviceGroup<T>& group,
+// Updates N elements from element i on.
+template <int N, typename T, bool kMixed>
+__device__ __forceinline__ void update(const Row<T, kMixed>& row, const DeviceGroup<T>& group,
                                        int64_t i) {
-  Pack<P, N> param = load<P, N>(streams.param + i);
-  Pack<G, N> grad{};
-  Pack<P, N> momentum{};
-  Pack<S, N> shadow{};
-  if (streams.grad) grad = load<G, N>(streams.grad + i);
-  if (streams.momentum) momentum = load<P, N>(streams.momentum + i);
-  if (streams.shadow) shadow = load<S, N>(streams.shadow + i);
-
-  if (streams.grad) {
+  Pack<T, N> packs[kStreams];
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      T p = widen(param.values[k]);
-      const T g = widen(grad.values[k]);
-      if (streams.momentum) {
-        T v = widen(momentum.values[k]);
-        group.sgd.update(p, g, v);
-        narrow(v, momentum.values[k]);
-      } else {
-        group.sgd.update(p, g);
-      }
-      narrow(p, param.values[k]);
-    }
-    store<P, N>(streams.param + i, param);
-    if (streams.momentum) store<P, N>(streams.momentum + i, momentum);
-    if (group.reset_grads) store<G, N>(streams.grad + i, Pack<G, N>{});
+  for (int s = 0; s < kStreams; ++s) {
+    if (row.data[s]) packs[s].read(row.at(s, i), row.dtype(s));
   }
-  if (streams.shadow) {
+  const auto unpack = [&](Stream stream, T(&values)[N]) {
+    packs[stream].unpack(row.dtype(stream), values);
+  };
+  const auto store = [&](Stream stream, const T(&values)[N]) {
+    packs[stream].pack(row.dtype(stream), values);
+    packs[stream].write(row.at(stream, i), row.dtype(stream));
+  };
+
+  T p[N];
+  unpack(kParam, p);
+  if (row.data[kGrad]) {
+    T g[N];
+    unpack(kGrad, g);
+    if (row.data[kMomentum]) {
+      T v[N];
+      unpack(kMomentum, v);
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      T s = widen(shadow.values[k]);
-      group.ema.update(s, T(widen(param.values[k])));  // the parameter as stored
-      narrow(s, shadow.values[k]);
+      for (int k = 0; k < N; ++k) group.sgd.update(p[k], g[k], v[k]);
+      store(kMomentum, v);
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; ++k) group.sgd.update(p[k], g[k]);
     }
-    store<S, N>(streams.shadow + i, shadow);
+    store(kParam, p);
+    unpack(kParam, p);  // the average follows what was stored
+    if (group.reset_grads) {
+      packs[kGrad].clear();
+      packs[kGrad].write(row.at(kGrad, i), row.dtype(kGrad));
+    }
+  }
+  if (row.data[kShadow]) {
+    T s[N];
+    unpack(kShadow, s);
+#pragma unroll
+    for (int k = 0; k < N; ++k) group.ema.update(s[k], p[k]);
+    store(kShadow, s);
   }
 }
 
-template <typename P, typename G, typename S, typename Table>
-__global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ Table table) {
-  using T = Compute<P>;
-  constexpr int kSmallest = sizeof(P) < sizeof(G) ? (sizeof(P) < sizeof(S) ? sizeof(P) : sizeof(S))
-                                                  : (sizeof(G) < sizeof(S) ? sizeof(G) : sizeof(S));
-  constexpr int N = kVectorBytes / kSmallest;
-
-  const int row = row_of(table, blockIdx.x);
-  const Streams<P, G, S> streams = {
-      static_cast<P*>(table.data[kParam][row]), static_cast<G*>(table.data[kGrad][row]),
-      static_cast<P*>(table.data[kMomentum][row]), static_cast<S*>(table.data[kShadow][row])};
-  DeviceGroup<T> group = table.groups[table.group[row]];
-  if (group.device_lr) group.sgd.set_lr(T(*group.device_lr));
-
+// Updates a chunk of a row, N elements at a time where all streams are aligned.
+template <int N, typename T, bool kMixed>
+__device__ __forceinline__ void update_chunk(const Row<T, kMixed>& row, const DeviceGroup<T>& group,
+                                             int64_t chunk, int64_t numel) {
   // Chunks after the first begin at an aligned element; the first takes the head before it.
-  const int64_t numel = table.numel[row];
-  const int64_t chunk = blockIdx.x - table.first_chunk[row];
-  const int head = unaligned_head<N>(streams.param, streams.grad, streams.momentum, streams.shadow);
+  const int head = row.template unaligned_head<N>();
   const int64_t shift = head > 0 ? head : 0;
   const int64_t begin = chunk == 0 ? 0 : min(numel, chunk * kChunkElements + shift);
   const int64_t end = min(numel, (chunk + 1) * kChunkElements + shift);
-
   if (head < 0) {
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) update<1>(streams, group, i);
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) update<1>(row, group, i);
     return;
   }
   const int64_t first = chunk == 0 ? min(shift, end) : begin;
   const int64_t last = first + (end - first) / N * N;
-  for (int64_t i = begin + threadIdx.x; i < first; i += kThreads) update<1>(streams, group, i);
+  for (int64_t i = begin + threadIdx.x; i < first; i += kThreads) update<1>(row, group, i);
   for (int64_t i = first + threadIdx.x * N; i < last; i += kThreads * N) {
-    update<N>(streams, group, i);
+    update<N>(row, group, i);
   }
-  for (int64_t i = last + threadIdx.x; i < end; i += kThreads) update<1>(streams, group, i);
+  for (int64_t i = last + threadIdx.x; i < end; i += kThreads) update<1>(row, group, i);
+}
+
+// Blocks that share a multiprocessor, at the least: the more, the more reads are under way. With
+// one more, the kernels of mixed dtypes would spill registers.
+template <typename T, bool kMixed>
+inline constexpr int kBlocksPerSM = kMixed ? (sizeof(T) == sizeof(double) ? 2 : 3) : 4;
+
+// kMixed: some stream is of a narrow type. Kept apart, because the kernel without them needs two
+// thirds of the registers.
+template <typename T, bool kMixed, typename Table>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM<T, kMixed>)
+    step_kernel(const __grid_constant__ Table table) {
+  const int index = row_of(table, blockIdx.x);
+  const Row<T, kMixed> row(table, index);
+  DeviceGroup<T> group = table.groups[table.group[index]];
+  if (group.device_lr) group.sgd.set_lr(T(*group.device_lr));
+
+  const int64_t chunk = blockIdx.x - table.first_chunk[index];
+  constexpr int kInVector = kVectorBytes / int(sizeof(T));
+  if (kMixed && !row.is_all_wide()) {
+    update_chunk<2 * kInVector>(row, group, chunk, table.numel[index]);
+  } else {
+    update_chunk<kInVector>(row, group, chunk, table.numel[index]);
+  }
 }
 
 }  // namespace fused_opt::cuda
