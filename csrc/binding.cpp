@@ -290,8 +290,8 @@ class PyPlan {
 };
 
 Group make_group(double lr, double momentum, double dampening, double weight_decay,
-                 double grad_scale, bool nesterov, bool maximize, bool sutskever, bool reset_grads,
-                 double decay, uintptr_t device_lr) {
+                 double grad_scale, bool nesterov, bool maximize, bool decoupled_weight_decay,
+                 bool sutskever, bool reset_grads, double decay, uintptr_t device_lr) {
   Group group;
   group.sgd.lr = lr;
   group.sgd.momentum = momentum;
@@ -300,6 +300,7 @@ Group make_group(double lr, double momentum, double dampening, double weight_dec
   group.sgd.grad_scale = grad_scale;
   group.sgd.nesterov = nesterov;
   group.sgd.maximize = maximize;
+  group.sgd.decoupled_weight_decay = decoupled_weight_decay;
   group.sgd.formulation = sutskever ? Formulation::kSutskever : Formulation::kTorch;
   group.decay = decay;
   group.reset_grads = reset_grads;
@@ -334,7 +335,8 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Group>(module, "Group")
       .def(py::init(&make_group), py::kw_only(), py::arg("lr") = 0, py::arg("momentum") = 0,
            py::arg("dampening") = 0, py::arg("weight_decay") = 0, py::arg("grad_scale") = 1,
-           py::arg("nesterov") = false, py::arg("maximize") = false, py::arg("sutskever") = false,
+           py::arg("nesterov") = false, py::arg("maximize") = false,
+           py::arg("decoupled_weight_decay") = false, py::arg("sutskever") = false,
            py::arg("reset_grads") = false, py::arg("decay") = 0, py::arg("device_lr") = 0);
 
   py::class_<PyPlan>(module, "Plan")

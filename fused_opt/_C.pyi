@@ -28,6 +28,7 @@ class Group:
         grad_scale: float = 1,
         nesterov: bool = False,
         maximize: bool = False,
+        decoupled_weight_decay: bool = False,
         sutskever: bool = False,
         reset_grads: bool = False,
         decay: float = 0,

@@ -30,7 +30,10 @@ def sgd_formula(
     descent = -descent if hyper.maximize else descent
     # Whether to decay is asked of the number, never of a tensor: a zero may need its gradient.
     if isinstance(weight_decay, Tensor) or weight_decay != 0:
-        descent = descent + weight_decay * param
+        if hyper.decoupled_weight_decay:
+            param = (1 - lr * weight_decay) * param
+        else:
+            descent = descent + weight_decay * param
     if hyper.state_key is None:
         return param - lr * descent, None
 
@@ -65,6 +68,11 @@ def sgd_step_(
             name: getattr(hyper, name)
             for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
         }
+        if hyper.decoupled_weight_decay:
+            decay = as_scalar(options.pop("weight_decay"), "weight_decay")
+            for param in params:
+                param.mul_(1 - as_scalar(hyper.lr, "lr") * decay)
+            options["weight_decay"] = 0
         own_grads = [unscaled(grad, hyper) for grad in grads]
         torch_sgd(params, own_grads, momentum_buffers, foreach=False, fused=False, **options)
     else:

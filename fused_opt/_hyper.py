@@ -56,6 +56,7 @@ class SgdHyper(NamedTuple):
     nesterov: bool = False
     maximize: bool = False
     formulation: str = "torch"
+    decoupled_weight_decay: bool = False
     reset_grads: bool = False
     state_dtype: torch.dtype | None = None
 
@@ -73,6 +74,7 @@ class SgdHyper(NamedTuple):
             nesterov=group["nesterov"],
             maximize=group["maximize"],
             formulation=group["formulation"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
             reset_grads=group["reset_grads"],
             state_dtype=group["state_dtype"],
         )

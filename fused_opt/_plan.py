@@ -201,6 +201,7 @@ class Plan:
             grad_scale=hyper.grad_scale,
             nesterov=hyper.nesterov,
             maximize=hyper.maximize,
+            decoupled_weight_decay=hyper.decoupled_weight_decay,
             sutskever=hyper.formulation == "sutskever",
             reset_grads=hyper.reset_grads,
             decay=decay,
@@ -298,7 +299,9 @@ class Plan:
                         f"parameter, got {found}"
                     )
         sparse = row.grads is not None and row.grads[0].is_sparse
-        if sparse and hyper is not None and hyper.weight_decay != 0:
+        if not sparse or hyper is None or hyper.decoupled_weight_decay:
+            return
+        if hyper.weight_decay != 0:
             raise RuntimeError(
                 f"{self._subject('grads', param)}: expected weight_decay 0 with a sparse "
                 f"gradient, got {hyper.weight_decay}"

@@ -54,6 +54,7 @@ def sgd_step_(
     nesterov: bool = False,
     maximize: bool = False,
     formulation: str = "torch",
+    decoupled_weight_decay: bool = False,
     reset_grads: bool = False,
     state_dtype: torch.dtype | None = None,
     shadows: Sequence[Tensor | None] | None = None,
@@ -85,6 +86,7 @@ def sgd_step_(
         nesterov: steps along the momentum of the next step.
         maximize: ascends instead of descending.
         formulation: ``"torch"`` or ``"sutskever"``, whose buffers hold −lr·v.
+        decoupled_weight_decay: shrinks the parameters by ``1 - lr * weight_decay`` instead.
         reset_grads: fills the gradients with 0 once they are read.
         state_dtype: of new momentum buffers; None for the parameter's.
         shadows: moving averages of the parameters, updated in place; of the same choice of dtypes,
@@ -113,6 +115,7 @@ def sgd_step_(
         nesterov=nesterov,
         maximize=maximize,
         formulation=formulation,
+        decoupled_weight_decay=decoupled_weight_decay,
         reset_grads=reset_grads,
         state_dtype=state_dtype,
     )

@@ -59,7 +59,7 @@ class SGD(torch.optim.SGD):
         lr: the learning rate; a one-element tensor on the parameters' GPU is read there.
         momentum: 0 keeps no momentum.
         dampening: scales the gradient on its way into the momentum by ``1 - dampening``.
-        weight_decay: L2 penalty.
+        weight_decay: λ, an L2 penalty, or decoupled from the gradient.
         nesterov: requires momentum and no dampening.
         maximize: ascends instead of descending.
         foreach: recorded for compatibility; selects nothing.
@@ -69,6 +69,9 @@ class SGD(torch.optim.SGD):
         ema: its shadows are updated by every step: those of parameters with and without a
             gradient, in and outside this optimizer. The same bits as ``step(); ema.update()``.
         formulation: ``"torch"`` or ``"sutskever"``.
+        decoupled_weight_decay: shrinks the parameter itself, p ← (1 − ηλ)p + …, and leaves λp out
+            of d, so that the momentum does not carry it (Loshchilov and Hutter, "Decoupled weight
+            decay regularization", ICLR 2019).
         reset_grads: the step fills the gradients it has read with 0, in place. A gradient that is
             None stays None.
         state_dtype: the dtype that the momentum is stored in; None for the parameter's. Checkpoints
@@ -116,6 +119,7 @@ class SGD(torch.optim.SGD):
         fused: bool | None = None,
         ema: EMA | None = None,
         formulation: Literal["torch", "sutskever"] = "torch",
+        decoupled_weight_decay: bool = False,
         reset_grads: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
@@ -136,7 +140,10 @@ class SGD(torch.optim.SGD):
         if differentiable and state_dtype is not None:
             raise ValueError("state_dtype would round the momentum that differentiable needs")
         self.defaults.update(
-            formulation=formulation, reset_grads=reset_grads, state_dtype=state_dtype
+            formulation=formulation,
+            decoupled_weight_decay=decoupled_weight_decay,
+            reset_grads=reset_grads,
+            state_dtype=state_dtype,
         )
         self._complete_groups()
         self._start(ema)
@@ -349,6 +356,11 @@ class SGD(torch.optim.SGD):
 
 
 # What a param group has beyond torch's options, and what it is where nothing is said.
-_OWN_OPTIONS = {"formulation": "torch", "reset_grads": False, "state_dtype": None}
+_OWN_OPTIONS = {
+    "formulation": "torch",
+    "decoupled_weight_decay": False,
+    "reset_grads": False,
+    "state_dtype": None,
+}
 
 _OTHER = {"torch": "sutskever", "sutskever": "torch"}

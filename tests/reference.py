@@ -36,6 +36,7 @@ class Rule:
     nesterov: bool = False
     maximize: bool = False
     formulation: str = "torch"
+    decoupled_weight_decay: bool = False
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Rule:
@@ -48,6 +49,7 @@ class Rule:
             nesterov=group["nesterov"],
             maximize=group["maximize"],
             formulation=group.get("formulation", "torch"),
+            decoupled_weight_decay=group.get("decoupled_weight_decay", False),
         )
 
 
@@ -65,7 +67,9 @@ def sgd(rule: Rule, param: Tensor, grad: Tensor, momentum: Tensor | None) -> Ste
     lr, mu, kept = rule.lr, rule.momentum, 1.0 - rule.dampening
 
     d = -g if rule.maximize else g
-    if rule.weight_decay != 0:  # as in torch: without it, a non-finite parameter stays out of d
+    if rule.decoupled_weight_decay:
+        p = p - lr * rule.weight_decay * p
+    elif rule.weight_decay != 0:  # as in torch: without it, a non-finite parameter stays out of d
         d = d + rule.weight_decay * p
     if mu == 0:
         return Step(p - lr * d, None)
@@ -119,6 +123,7 @@ TOLERANCES = {
     torch.float16: Tolerance(torch.float32, 2.0**-24, 2.0**-149, 1, narrows=True),
 }
 ROUNDINGS_OF_A_PARAM = 2
+ROUNDINGS_OF_A_RETAINED_PARAM = 5  # 1 - lr * weight_decay rounds twice, and its product with p once
 ROUNDINGS_OF_AN_UPDATE = 12
 ROUNDINGS_OF_A_MOMENTUM = 6
 ROUNDINGS_OF_A_SHADOW = 4
@@ -138,7 +143,8 @@ def sgd_sizes(rule: Rule, param: Tensor, grad: Tensor, momentum: Tensor | None) 
     mu, kept = rule.momentum, abs(1.0 - rule.dampening)
     scale_outside, scale_inside = (rule.lr, 1.0) if rule.formulation == "torch" else (1.0, rule.lr)
 
-    d = scale_inside * (g + rule.weight_decay * p)
+    decay = 0.0 if rule.decoupled_weight_decay else rule.weight_decay
+    d = scale_inside * (g + decay * p)
     if mu == 0:
         return Sizes(scale_outside * d, d)
     v = d if v is None else mu * v + kept * d
@@ -180,7 +186,10 @@ def assert_sgd_step(
 ) -> None:
     """Asserts one step from `before`, a (parameter, gradient, momentum) triple."""
     expected, sizes = sgd(rule, *before), sgd_sizes(rule, *before)
-    size = ROUNDINGS_OF_A_PARAM * before[0].double().abs() + ROUNDINGS_OF_AN_UPDATE * sizes.update
+    of_param = (
+        ROUNDINGS_OF_A_RETAINED_PARAM if rule.decoupled_weight_decay else ROUNDINGS_OF_A_PARAM
+    )
+    size = of_param * before[0].double().abs() + ROUNDINGS_OF_AN_UPDATE * sizes.update
     assert_near(param, expected.param, size, f"{what} parameter")
     if expected.momentum is not None:
         assert momentum is not None, f"{what} has no momentum buffer"

@@ -151,7 +151,12 @@ def test_state_is_laid_out_as_torchs():
     assert a.keys() == b.keys()
     assert {i: set(s) for i, s in a["state"].items()} == {i: set(s) for i, s in b["state"].items()}
     extra = set(a["param_groups"][0]) - set(b["param_groups"][0])
-    assert extra == {"formulation", "reset_grads"}
+    assert extra == {
+        "formulation",
+        "decoupled_weight_decay",
+        "reset_grads",
+        "state_dtype",
+    }
     assert set(b["param_groups"][0]) <= set(a["param_groups"][0])
 
 

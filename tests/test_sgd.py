@@ -50,6 +50,7 @@ RULES = [
     {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
     {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "formulation": "sutskever"},
     {"lr": 0.1, "momentum": 0.9, "nesterov": True, "formulation": "sutskever"},
+    {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "decoupled_weight_decay": True},
 ]
 FORMULATIONS = ("torch", "sutskever")
 
@@ -88,6 +89,38 @@ def test_every_combination_of_flags_follows_the_equations(flags, dtype, device):
     ema = tracked_by(params) if flags.pop("ema") else None
     optimizer = SGD(params, lr=0.1, ema=ema, **flags)
     trajectory(optimizer, steps=5, tracked=params if ema else ())
+
+
+DECOUPLED = [f for f in legal_flags(formulation=FORMULATIONS) if f["weight_decay"]]
+
+
+@pytest.mark.parametrize("flags", DECOUPLED, ids=flag_id)
+@all_dtypes
+def test_decoupled_weight_decay_shrinks_the_parameter_alone(flags, dtype, device):
+    params = make_params(SHAPES, dtype, device)
+    trajectory(SGD(params, lr=0.1, decoupled_weight_decay=True, **flags))
+
+
+@pytest.mark.parametrize("flags", DECOUPLED, ids=flag_id)
+def test_decoupled_weight_decay_is_the_same_where_torch_steps(flags):
+    wrapped, plain = (make_params([(5,)], torch.float64) for _ in range(2))
+    wrapped = [torch.nn.Parameter(TwoTensor(p.detach().clone(), p.detach())) for p in wrapped]
+    ours, kernels = (
+        SGD(params, lr=0.1, decoupled_weight_decay=True, **flags) for params in (wrapped, plain)
+    )
+    for step in range(3):
+        set_gradients(plain, step)
+        wrapped[0].grad = TwoTensor(plain[0].grad.clone(), plain[0].grad.clone())
+        ours.step()
+        kernels.step()
+        torch.testing.assert_close(wrapped[0].a.detach(), plain[0].detach(), rtol=1e-14, atol=0)
+
+
+def test_decoupled_weight_decay_goes_with_sparse_gradients():
+    param = torch.nn.Parameter(torch.ones(4, 2))
+    param.grad = torch.sparse_coo_tensor([[1]], [[2.0, 2.0]], (4, 2), check_invariants=True)
+    SGD([param], lr=0.5, weight_decay=0.5, decoupled_weight_decay=True).step()
+    assert param.tolist() == [[0.75, 0.75], [-0.25, -0.25], [0.75, 0.75], [0.75, 0.75]]
 
 
 @pytest.mark.parametrize("size", SIZES)

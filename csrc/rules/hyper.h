@@ -13,6 +13,7 @@ struct SgdHyper {
   double grad_scale = 1;  // the gradients are this many times too large
   bool nesterov = false;
   bool maximize = false;
+  bool decoupled_weight_decay = false;  // shrinks the parameter itself, not through the gradient
   Formulation formulation = Formulation::kTorch;
 };
 

@@ -12,7 +12,7 @@ inline namespace FUSED_OPT_ISA {
 //     d  = gradient_gain g + weight_decay p
 //     v' = momentum v + velocity_gain d
 //     u  = update_gain d + momentum v'   if nesterov, else v'
-//     p' = p + step_size u
+//     p' = retained p + step_size u
 //
 // with gradient_gain = 1 / grad_scale, negative to maximize, and the gains that make it one of two
 // formulations (tau is the dampening):
@@ -21,20 +21,24 @@ inline namespace FUSED_OPT_ISA {
 //     torch           1 - tau            1              -lr
 //     sutskever       -lr (1 - tau)      -lr            1
 //
-// Without momentum there is no v, and u = d, step_size = -lr in both.
+// Without momentum there is no v, and u = d, step_size = -lr in both. Decoupled weight decay takes
+// weight_decay out of d and makes retained 1 - lr weight_decay; otherwise that is 1, which changes
+// no bit of p.
 template <typename T>
 struct SgdRule {
   T gradient_gain, weight_decay, momentum, undamped;  // undamped = 1 - dampening
-  T velocity_gain, update_gain, step_size, plain_step_size;
+  T decoupled_weight_decay;
+  T velocity_gain, update_gain, step_size, plain_step_size, retained;
   bool nesterov, sutskever;
 
   SgdRule() = default;
 
   explicit SgdRule(const SgdHyper& hyper)
       : gradient_gain(T((hyper.maximize ? -1 : 1) / hyper.grad_scale)),
-        weight_decay(T(hyper.weight_decay)),
+        weight_decay(T(hyper.decoupled_weight_decay ? 0 : hyper.weight_decay)),
         momentum(T(hyper.momentum)),
         undamped(T(1 - hyper.dampening)),
+        decoupled_weight_decay(T(hyper.decoupled_weight_decay ? hyper.weight_decay : 0)),
         nesterov(hyper.nesterov),
         sutskever(hyper.formulation == Formulation::kSutskever) {
     set_lr(T(hyper.lr));
@@ -46,6 +50,7 @@ struct SgdRule {
     update_gain = sutskever ? -lr : T(1);
     step_size = sutskever ? T(1) : -lr;
     plain_step_size = -lr;
+    retained = T(1) - lr * decoupled_weight_decay;
   }
 
   FUSED_OPT_HD T descent(T param, T grad) const {
@@ -55,14 +60,14 @@ struct SgdRule {
   }
 
   FUSED_OPT_HD void update(T& param, T grad) const {
-    param = param + plain_step_size * descent(param, grad);
+    param = retained * param + plain_step_size * descent(param, grad);
   }
 
   FUSED_OPT_HD void update(T& param, T grad, T& velocity) const {
     const T d = descent(param, grad);
     velocity = momentum * velocity + velocity_gain * d;
     const T u = nesterov ? update_gain * d + momentum * velocity : velocity;
-    param = param + step_size * u;
+    param = retained * param + step_size * u;
   }
 };
 
