@@ -66,7 +66,7 @@ class DictWalk {
 // Rows of tensors as Python lists, for the few that Python has to look at.
 struct Rows {
   py::list streams[kStreams];
-  bool has[kStreams] = {true, true, true, true};
+  bool has[kStreams] = {true, true, true, true, true};
 
   void append(PyObject* const (&tensors)[kStreams]) {
     for (int s = 0; s < kStreams; ++s) {
@@ -76,12 +76,13 @@ struct Rows {
   py::tuple tuple() const {
     py::object lists[kStreams];
     for (int s = 0; s < kStreams; ++s) lists[s] = has[s] ? py::object(streams[s]) : py::none();
-    return py::make_tuple(lists[kParam], lists[kGrad], lists[kMomentum], lists[kShadow]);
+    return py::make_tuple(lists[kParam], lists[kGrad], lists[kMomentum], lists[kShadow],
+                          lists[kRefinement]);
   }
 };
 
 // What became of a row that was offered.
-enum class Outcome { kAdded, kForTorch, kScattered };
+enum class Outcome { kAdded, kFresh, kForTorch, kScattered };
 
 // A step in the making. Python adds tensors, has them checked, and runs them.
 class PyPlan {
@@ -104,20 +105,23 @@ class PyPlan {
     if (held_.empty()) held_.swap(released);  // keep the capacity
   }
 
-  // Adds the parameters of a param group that have a gradient, with the momentum that `state`
-  // keeps under `key` (None: without momentum) and their shadow (`shadows` may be None).
+  // Adds the parameters of a param group that have a gradient, with the momentum and the refinement
+  // that `state` keeps under these keys (None: without it) and their shadow (`shadows` may be
+  // None).
   //
-  // Returns (fresh, refused, for_torch, scattered): the rows that were not looked at since their
-  // momentum does not exist yet; those that were checked but not added; and which of the latter
-  // are for torch, and which are to be offered again as dense copies.
-  py::tuple add_param_group(const py::list& params, const py::dict& state, const py::object& key,
+  // Returns (fresh, refused, for_torch, scattered): the rows whose momentum or refinement does not
+  // exist yet; those that were checked but not added; and which of the latter are for torch, and
+  // which are to be offered again as dense copies.
+  py::tuple add_param_group(const py::list& params, const py::dict& state,
+                            const py::object& momentum_key, const py::object& refinement_key,
                             const py::object& shadows, const Group& group) {
     static PyObject* const grad_name = PyUnicode_InternFromString("grad");
-    const bool has_momentum = !key.is_none();
+    const bool has_momentum = !momentum_key.is_none(), has_refinement = !refinement_key.is_none();
     const bool has_shadows = !shadows.is_none();
     Rows fresh, refused;
     fresh.has[kMomentum] = refused.has[kMomentum] = has_momentum;
     fresh.has[kShadow] = refused.has[kShadow] = has_shadows;
+    fresh.has[kRefinement] = refused.has[kRefinement] = has_refinement;
     std::vector<size_t> for_torch, scattered;
     const uint16_t index = plan_.add_group(group);
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
@@ -125,15 +129,22 @@ class PyPlan {
       const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad_name));
       if (!grad) throw py::error_already_set();
       if (grad.is_none()) continue;
-      PyObject* tensors[kStreams] = {param, grad.ptr(), Py_None, Py_None};
-      if (has_momentum) tensors[kMomentum] = momentum_of(state.ptr(), param, key.ptr());
+      PyObject* tensors[kStreams] = {param, grad.ptr(), Py_None, Py_None, Py_None};
       if (has_shadows) tensors[kShadow] = shadow_of(shadows.ptr(), param);
-      if (has_momentum && tensors[kMomentum] == Py_None) {
+      if (has_momentum || has_refinement) {
+        PyObject* const param_state = state_of(state.ptr(), param);
+        if (has_momentum) tensors[kMomentum] = entry_of(param_state, momentum_key.ptr());
+        if (has_refinement) tensors[kRefinement] = entry_of(param_state, refinement_key.ptr());
+      }
+      const bool complete = !has_momentum || tensors[kMomentum] != Py_None;
+      const Outcome outcome =
+          complete ? add_row(tensors, index, group.reset_grads, false, has_refinement)
+                   : Outcome::kFresh;
+      if (outcome == Outcome::kAdded) continue;
+      if (outcome == Outcome::kFresh) {
         fresh.append(tensors);
         continue;
       }
-      const Outcome outcome = add_row(tensors, index, group.reset_grads, false);
-      if (outcome == Outcome::kAdded) continue;
       (outcome == Outcome::kForTorch ? for_torch : scattered).push_back(refused.streams[0].size());
       refused.append(tensors);
     }
@@ -144,8 +155,10 @@ class PyPlan {
   // Returns the indices of the rows that were checked but not added: those for torch, and those
   // to be offered again as dense `copies`.
   py::tuple add(const py::list& params, const py::object& grads, const py::object& momentums,
-                const py::object& shadows, const Group& group, bool copies) {
-    PyObject* const lists[kStreams] = {params.ptr(), grads.ptr(), momentums.ptr(), shadows.ptr()};
+                const py::object& shadows, const py::object& refinements, const Group& group,
+                bool copies) {
+    PyObject* const lists[kStreams] = {params.ptr(), grads.ptr(), momentums.ptr(), shadows.ptr(),
+                                       refinements.ptr()};
     std::vector<size_t> for_torch, scattered;
     const uint16_t index = plan_.add_group(group);
     for (size_t i = 0; i < params.size(); ++i) {
@@ -208,15 +221,20 @@ class PyPlan {
   }
 
  private:
-  PyObject* momentum_of(PyObject* state, PyObject* param, PyObject* key) {
+  // The state of a parameter, or null.
+  PyObject* state_of(PyObject* state, PyObject* param) {
     PyObject* const param_state = state_walk_.find(state, param);
-    if (param_state == nullptr) return Py_None;
-    if (!PyDict_Check(param_state)) {
+    if (param_state != nullptr && !PyDict_Check(param_state)) {
       throw py::type_error("expected the optimizer's state of a parameter as a dict");
     }
-    PyObject* const momentum = PyDict_GetItemWithError(param_state, key);
-    if (momentum == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    return momentum == nullptr ? Py_None : momentum;
+    return param_state;
+  }
+
+  static PyObject* entry_of(PyObject* param_state, PyObject* key) {
+    if (param_state == nullptr) return Py_None;
+    PyObject* const entry = PyDict_GetItemWithError(param_state, key);
+    if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    return entry == nullptr ? Py_None : entry;
   }
 
   PyObject* shadow_of(PyObject* shadows, PyObject* param) {
@@ -224,7 +242,9 @@ class PyPlan {
     return shadow == nullptr ? Py_None : shadow;
   }
 
-  Outcome add_row(PyObject* const (&tensors)[kStreams], uint16_t group, bool resets, bool copies) {
+  // refines: a half-precision parameter must come with a refinement, or the row is fresh.
+  Outcome add_row(PyObject* const (&tensors)[kStreams], uint16_t group, bool resets, bool copies,
+                  bool refines = false) {
     params_.push_back(tensors[kParam]);
     const TensorView* present[kStreams] = {};
     auto reach = TensorReader::Reach::kKernels;
@@ -235,10 +255,15 @@ class PyPlan {
       present[s] = &views_[s];
       reach = std::max(reach, read(tensors[s], Stream(s), views_[s]));
     }
+    if (refines && tensors[kRefinement] == Py_None && is_half(views_[kParam])) {
+      params_.pop_back();
+      return Outcome::kFresh;
+    }
     if (present[kGrad]) written_.push_back(tensors[kParam]);
     if (present[kGrad] && resets) written_.push_back(tensors[kGrad]);
     if (present[kShadow]) written_.push_back(tensors[kShadow]);
-    if (reach == TensorReader::Reach::kTorch || !views_[kParam].has_kernels) {
+    const bool is_number = views_[kParam].has_kernels && views_[kParam].dtype != DType::kInt16;
+    if (reach == TensorReader::Reach::kTorch || !is_number) {
       plan_.skip_row();
       return Outcome::kForTorch;
     }
@@ -246,6 +271,10 @@ class PyPlan {
     explain([&] { added = plan_.add_row(present, group, copies); });
     shadowed_ += added && present[kShadow] != nullptr;
     return added ? Outcome::kAdded : Outcome::kScattered;
+  }
+
+  static bool is_half(const TensorView& view) {
+    return view.has_kernels && (view.dtype == DType::kBFloat16 || view.dtype == DType::kFloat16);
   }
 
   // Keeps an object alive until the step is over: others may run Python code in the meantime.

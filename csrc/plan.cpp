@@ -6,16 +6,17 @@
 namespace fused_opt {
 namespace {
 
-constexpr Stream kBesideParam[] = {kGrad, kMomentum, kShadow};
+constexpr Stream kBesideParam[] = {kGrad, kMomentum, kShadow, kRefinement};
 
 std::string name_of(Stream stream) {
-  constexpr const char* kNames[kStreams] = {"parameter", "gradient", "momentum buffer", "shadow"};
+  constexpr const char* kNames[kStreams] = {"parameter", "gradient", "momentum buffer", "shadow",
+                                            "refinement"};
   return kNames[stream];
 }
 
 std::string dtype_of(const TensorView& view) {
   if (!view.has_kernels) return view.dtype_kind + std::to_string(8 * view.item_bytes);
-  constexpr const char* kNames[kDTypes] = {"float32", "float64", "bfloat16", "float16"};
+  constexpr const char* kNames[kDTypes] = {"float32", "float64", "bfloat16", "float16", "int16"};
   return kNames[int(view.dtype)];
 }
 
@@ -35,6 +36,12 @@ bool same_shape(const TensorView& a, const TensorView& b) {
 
 // The dtype table, which README.md shows: what may stand beside a parameter.
 bool dtype_fits(DType param, DType other, Stream stream) {
+  if (stream == kRefinement) {
+    if (param == DType::kBFloat16 && other == DType::kInt16) return true;
+    const bool half = param == DType::kBFloat16 || param == DType::kFloat16;
+    return half && (other == DType::kFloat32 || other == param);
+  }
+  if (other == DType::kInt16) return false;
   if (param != DType::kFloat64) return other != DType::kFloat64;
   return other == DType::kFloat64 || (stream == kShadow && other == DType::kFloat32);
 }
@@ -82,7 +89,7 @@ bool Plan::add_row(const TensorView* const (&views)[kStreams], uint16_t group, b
   row.group = group;
   // Without a gradient the parameter is only read: the row updates its shadow.
   const auto writes = [&](Stream stream) {
-    if (stream == kParam) return views[kGrad] != nullptr;
+    if (stream == kParam || stream == kRefinement) return views[kGrad] != nullptr;
     return stream != kGrad || groups_[group].reset_grads;
   };
   const bool param_dense = is_dense(param);

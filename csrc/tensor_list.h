@@ -10,16 +10,20 @@
 
 namespace fused_opt {
 
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-inline constexpr int kDTypes = 4;
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt16 };
+inline constexpr int kDTypes = 5;
 
 // The memory streams that one pass walks side by side.
-enum Stream : uint8_t { kParam, kGrad, kMomentum, kShadow };
-inline constexpr int kStreams = 4;
+//
+// The refinement is what a half-precision parameter lacks of its exact value (rules/master.h), and
+// its dtype says which: the whole master (float32), its lower half (int16), or a compensation (the
+// parameter's own dtype).
+enum Stream : uint8_t { kParam, kGrad, kMomentum, kShadow, kRefinement };
+inline constexpr int kStreams = 5;
 
 // One parameter with everything that is updated beside it, element for element in memory order.
 // An absent stream is null: no gradient means that only the shadow is updated, no momentum means
-// plain SGD, no shadow means no average.
+// plain SGD, no shadow means no average, no refinement means that the parameter is all there is.
 struct TensorRow {
   void* data[kStreams] = {};
   int64_t numel = 0;
@@ -49,6 +53,7 @@ FUSED_OPT_HD int element_size(DType dtype) {
       return 4;
     case DType::kBFloat16:
     case DType::kFloat16:
+    case DType::kInt16:
       return 2;
   }
   return 0;

@@ -17,13 +17,14 @@ bool find_dtype(dlpack::DataType type, DType& dtype) {
   if (is_float && type.bits == 64) return dtype = DType::kFloat64, true;
   if (is_float && type.bits == 16) return dtype = DType::kFloat16, true;
   if (type.code == dlpack::kBfloat && type.bits == 16) return dtype = DType::kBFloat16, true;
+  if (type.code == dlpack::kInt && type.bits == 16) return dtype = DType::kInt16, true;
   return false;
 }
 
 // The same for the name of a torch dtype.
 bool find_dtype(const std::string& name, DType& dtype) {
   constexpr const char* kNames[kDTypes] = {"torch.float32", "torch.float64", "torch.bfloat16",
-                                           "torch.float16"};
+                                           "torch.float16", "torch.int16"};
   for (int i = 0; i < kDTypes; ++i) {
     if (name == kNames[i]) return dtype = DType(i), true;
   }

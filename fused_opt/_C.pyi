@@ -36,7 +36,7 @@ class Group:
     ) -> None: ...
 
 _Stream = list[Tensor | None] | None
-_Rows = tuple[list[Tensor], _Stream, _Stream, _Stream]
+_Rows = tuple[list[Tensor], _Stream, _Stream, _Stream, _Stream]
 
 class Plan:
     def clear(self) -> None: ...
@@ -44,7 +44,8 @@ class Plan:
         self,
         params: list[Tensor],
         state: dict[Tensor, Any],
-        key: str | None,
+        momentum_key: str | None,
+        refinement_key: str | None,
         shadows: dict[Tensor, Tensor] | None,
         group: Group,
     ) -> tuple[_Rows, _Rows, list[int], list[int]]: ...
@@ -54,6 +55,7 @@ class Plan:
         grads: _Stream,
         momentums: _Stream,
         shadows: _Stream,
+        refinements: _Stream,
         group: Group,
         copies: bool,
     ) -> tuple[list[int], list[int]]: ...

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
 from fused_opt._hyper import SgdHyper, as_scalar
+from fused_opt._masters import exact_value, store_
 
 
 def sgd_formula(
@@ -94,3 +95,23 @@ def ema_update_(shadows: list[Tensor | None], params: list[Tensor], decay: float
     for shadow, param in zip(shadows, params, strict=True):
         if shadow is not None:
             shadow.lerp_(param.detach().to(shadow.dtype), 1 - decay)
+
+
+class Refined:
+    """Parameters as the values that a step updates: the exact ones, where there is a refinement."""
+
+    def __init__(self, params: list[Tensor], refinements: list[Tensor | None] | None) -> None:
+        self._params = params
+        self._refinements = refinements or [None] * len(params)
+        self.values = [
+            param if refinement is None else exact_value(param, refinement).clone()
+            for param, refinement in zip(params, self._refinements, strict=True)
+        ]
+
+    def store_(self) -> None:
+        """Writes the values back."""
+        for value, param, refinement in zip(
+            self.values, self._params, self._refinements, strict=True
+        ):
+            if refinement is not None:
+                store_(value, param, refinement)

@@ -14,6 +14,10 @@ FORMULATIONS: tuple[str, ...] = get_args(Formulation)
 #: and so have different names: neither can be taken for the other.
 STATE_KEY = {"torch": "momentum_buffer", "sutskever": "velocity"}
 
+#: Where it keeps what refines a half-precision parameter, by the value of ``master_weights``.
+REFINEMENT_KEY = {"fp32": "master", "split": "residual", "kahan": "compensation"}
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -28,6 +32,13 @@ def check_state_dtype(state_dtype: Any) -> None:
     if state_dtype is not None and state_dtype not in STATE_DTYPES:
         names = ", ".join(map(str, STATE_DTYPES))
         raise ValueError(f"Invalid state_dtype: {state_dtype!r}, expected None or one of {names}")
+
+
+def check_master_weights(master_weights: Any) -> None:
+    """Raises ValueError unless it is None or a key of :data:`REFINEMENT_KEY`."""
+    if master_weights is not None and master_weights not in REFINEMENT_KEY:
+        names = ", ".join(map(repr, REFINEMENT_KEY))
+        raise ValueError(f"Invalid master_weights: {master_weights!r}, expected None or {names}")
 
 
 def check_decay(decay: Any) -> None:
@@ -59,12 +70,14 @@ class SgdHyper(NamedTuple):
     decoupled_weight_decay: bool = False
     reset_grads: bool = False
     state_dtype: torch.dtype | None = None
+    master_weights: str | None = None
 
     @classmethod
     def of_group(cls, group: dict[str, Any], grad_scale: float = 1.0) -> SgdHyper:
         """Reads an entry of ``param_groups``, which users change between steps."""
         check_formulation(group["formulation"])
         check_state_dtype(group["state_dtype"])
+        check_master_weights(group["master_weights"])
         return cls(
             lr=group["lr"],
             momentum=group["momentum"],
@@ -77,9 +90,22 @@ class SgdHyper(NamedTuple):
             decoupled_weight_decay=group["decoupled_weight_decay"],
             reset_grads=group["reset_grads"],
             state_dtype=group["state_dtype"],
+            master_weights=group["master_weights"],
         )
 
     @property
     def state_key(self) -> str | None:
         """Where the state keeps the momentum; None if there is none."""
         return STATE_KEY[self.formulation] if self.momentum != 0 else None
+
+    @property
+    def refinement_key(self) -> str | None:
+        """Where the state keeps what refines half-precision parameters; None if nothing does."""
+        return None if self.master_weights is None else REFINEMENT_KEY[self.master_weights]
+
+    def momentum_dtype(self, param: Tensor) -> torch.dtype:
+        """The dtype of a parameter's momentum: beside a master, the master's."""
+        if self.state_dtype is not None:
+            return self.state_dtype
+        has_master = self.master_weights in ("fp32", "split") and param.dtype in HALF_DTYPES
+        return torch.float32 if has_master else param.dtype

@@ -17,7 +17,7 @@ from fused_opt import _composite
 from fused_opt._hyper import SgdHyper, as_scalar
 from fused_opt._native import native
 
-_STREAMS = ("params", "grads", "momentum_buffers", "shadows")
+_STREAMS = ("params", "grads", "momentum_buffers", "shadows", "refinements")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CPU = -1  # as a device index
 
@@ -29,6 +29,7 @@ class Rows(NamedTuple):
     grads: list[Tensor] | None
     momentum_buffers: list[Tensor | None] | None
     shadows: list[Tensor | None] | None
+    refinements: list[Tensor | None] | None
 
     def take(self, indices: list[int]) -> Rows:
         def chosen(stream: list[Any] | None) -> list[Any] | None:
@@ -39,6 +40,7 @@ class Rows(NamedTuple):
             chosen(self.grads),
             chosen(self.momentum_buffers),
             chosen(self.shadows),
+            chosen(self.refinements),
         )
 
 
@@ -74,11 +76,17 @@ class Plan:
         """Adds the parameters of a group that have a gradient, and their shadows.
 
         Returns:
-            Those that were not added, because ``state`` does not hold their momentum yet.
+            Those that were not added, because ``state`` does not hold all of theirs yet.
         """
         group = self._group(params, hyper, decay)
         fresh, refused, for_torch, scattered = self._checked(
-            self._native.add_param_group, params, state, hyper.state_key, shadows, group
+            self._native.add_param_group,
+            params,
+            state,
+            hyper.state_key,
+            hyper.refinement_key,
+            shadows,
+            group,
         )
         if for_torch or scattered:
             self._add_refused(Rows(*refused), for_torch, scattered, group, hyper, decay, False)
@@ -96,21 +104,38 @@ class Plan:
         if rows.momentum_buffers is not None:
             # With -0.0, momentum * buffer + g is g to the last bit, also where g is -0.0.
             rows.momentum_buffers[:] = [
-                torch.full_like(param, -0.0, dtype=hyper.state_dtype, requires_grad=False)
+                torch.full_like(param, -0.0, dtype=hyper.momentum_dtype(param), requires_grad=False)
                 if isinstance(param, Tensor)
                 else None  # refused below
                 for param in rows.params
             ]
         self._add(rows, hyper._replace(dampening=0.0), decay, first=True)
 
-    def add_ema(self, params: list[Tensor], shadows: list[Tensor], decay: float) -> None:
+    def add_ema(
+        self,
+        params: list[Tensor],
+        shadows: list[Tensor],
+        decay: float,
+        refinements: list[Tensor | None] | None = None,
+    ) -> None:
         """Adds the EMA of parameters that this step does not change."""
-        self._add(Rows(params, None, None, list(shadows)), None, decay, first=False)
+        self._add(Rows(params, None, None, list(shadows), refinements), None, decay, first=False)
 
-    def add_remaining_ema(self, shadows: dict[Tensor, Tensor], decay: float) -> None:
-        """Adds the EMA of all parameters that were not added with their shadow."""
+    def add_remaining_ema(
+        self,
+        shadows: dict[Tensor, Tensor],
+        decay: float,
+        refinement: Callable[[Tensor], Tensor | None] = lambda _: None,
+    ) -> None:
+        """Adds the EMA of all parameters that were not added with their shadow.
+
+        Args:
+            shadows: every shadow, by its parameter.
+            decay: of the EMA.
+            refinement: what refines a parameter, if anything does.
+        """
         params, left = self._native.untouched(shadows)
-        self.add_ema(params, left, decay)
+        self.add_ema(params, left, decay, [refinement(param) for param in params])
 
     def run_ema(
         self,
@@ -243,6 +268,7 @@ class Plan:
             dense(rows.grads, written=hyper is not None and hyper.reset_grads),
             dense(rows.momentum_buffers, written=steps),
             dense(rows.shadows, written=True),
+            dense(rows.refinements, written=steps),
         )
 
     def _add_for_torch(
@@ -253,7 +279,11 @@ class Plan:
             self._check_for_torch(rows.take([k]), hyper)
         if hyper is None:
             self._for_torch.append(
-                lambda: _composite.ema_update_(rows.shadows or [], rows.params, decay)
+                lambda: _composite.ema_update_(
+                    rows.shadows or [],
+                    _composite.Refined(rows.params, rows.refinements).values,
+                    decay,
+                )
             )
             return
 
@@ -261,9 +291,14 @@ class Plan:
             momentums = [] if rows.momentum_buffers is None else rows.momentum_buffers
             if first:
                 momentums[:] = [None] * len(momentums)  # a sparse gradient has a sparse one
-            _composite.sgd_step_(rows.params, rows.grads or [], momentums, hyper)
-            if first and hyper.state_dtype is not None:
-                momentums[:] = [m if m is None else m.to(hyper.state_dtype) for m in momentums]
+            refined = _composite.Refined(rows.params, rows.refinements)
+            _composite.sgd_step_(refined.values, rows.grads or [], momentums, hyper)
+            refined.store_()
+            if first and (hyper.state_dtype or hyper.master_weights):
+                momentums[:] = [
+                    None if momentum is None else momentum.to(hyper.momentum_dtype(param))
+                    for param, momentum in zip(rows.params, momentums, strict=True)
+                ]
             if all_rows.momentum_buffers is not None:
                 for index, momentum in zip(indices, momentums, strict=True):
                     all_rows.momentum_buffers[index] = momentum
@@ -272,7 +307,7 @@ class Plan:
         # These steps run before the kernels, which may well reach the shadows.
         tracked = [k for k, shadow in enumerate(rows.shadows or ()) if shadow is not None]
         averages = rows.take(tracked)
-        self._add(Rows(averages.params, None, None, averages.shadows), None, decay, first=False)
+        self._add(averages._replace(grads=None, momentum_buffers=None), None, decay, first=False)
 
     def _check_for_torch(self, row: Rows, hyper: SgdHyper | None) -> None:
         """Raises now what torch would raise only after other tensors have changed."""

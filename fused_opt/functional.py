@@ -59,6 +59,7 @@ def sgd_step_(
     state_dtype: torch.dtype | None = None,
     shadows: Sequence[Tensor | None] | None = None,
     decay: float | None = None,
+    refinements: Sequence[Tensor | None] | None = None,
 ) -> None:
     r"""One step of momentum SGD on every parameter, and of its EMA, in one pass over memory.
 
@@ -92,6 +93,10 @@ def sgd_step_(
         shadows: moving averages of the parameters, updated in place; of the same choice of dtypes,
             or float32 beside float64. None in the list leaves a parameter without one.
         decay: of the moving averages, in [0, 1]; required with ``shadows``.
+        refinements: of bfloat16 and float16 parameters, updated in place: a float32 master, the
+            int16 residual of one (bfloat16 only), or a compensation in the parameter's dtype; see
+            ``master_weights`` of :class:`fused_opt.SGD`. None in the list leaves a parameter
+            without one.
 
     Raises:
         ValueError: a list of another length, tensors that differ in shape or device or share
@@ -129,12 +134,15 @@ def sgd_step_(
     if shadows is not None:
         _check_length("shadows", shadows, params)
         check_decay(decay)
+    if refinements is not None:
+        _check_length("refinements", refinements, params)
 
     rows = Rows(
         list(params),
         list(grads),
         list(momentum_buffers or ()) if has_momentum else None,
         None if shadows is None else list(shadows),
+        None if refinements is None else list(refinements),
     )
     first = [i for i, momentum in enumerate(rows.momentum_buffers or ()) if momentum is None]
     later = [i for i in range(len(params)) if i not in set(first)] if first else None

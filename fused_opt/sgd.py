@@ -11,12 +11,16 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from fused_opt._composite import sgd_formula
 from fused_opt._hyper import (
+    HALF_DTYPES,
+    REFINEMENT_KEY,
     STATE_KEY,
     SgdHyper,
     as_scalar,
     check_formulation,
+    check_master_weights,
     check_state_dtype,
 )
+from fused_opt._masters import converted_refinement, new_refinement, store_
 from fused_opt._plan import Plan, Rows
 from fused_opt.ema import EMA
 
@@ -76,12 +80,22 @@ class SGD(torch.optim.SGD):
             None stays None.
         state_dtype: the dtype that the momentum is stored in; None for the parameter's. Checkpoints
             keep it: momentum in another dtype is converted when it is loaded.
+        master_weights: how bfloat16 and float16 parameters keep updates that are smaller than half
+            their spacing; other parameters are exact as they are. ``None``: not at all, every
+            result is rounded to nearest even. ``"fp32"``: the state holds a float32 ``master``,
+            which the step updates, and writes its rounding to the parameter. ``"split"``, for
+            bfloat16: the state holds the lower 16 bits of that master, ``residual``, and the
+            parameter is its upper half; the same bits as ``"fp32"`` in half the memory.
+            ``"kahan"``: the state holds what rounding has lost, ``compensation``, in the
+            parameter's dtype. Beside a master the momentum is float32 unless ``state_dtype`` says
+            otherwise, and the EMA follows the master. Master and residual round bfloat16 ties away
+            from zero, which can be undone.
 
     Raises:
-        ValueError: as ``torch.optim.SGD``, with its messages; an unknown formulation or
-            ``state_dtype``; an ``ema`` that is attached to another optimizer. ``step``: gradients
-            or momentum that do not fit their parameter, tensors that share memory. Nothing has
-            changed.
+        ValueError: as ``torch.optim.SGD``, with its messages; an unknown formulation,
+            ``state_dtype`` or ``master_weights``; an ``ema`` that is attached to another optimizer.
+            ``step``: gradients or state that do not fit their parameter, tensors that share memory.
+            Nothing has changed.
         RuntimeError: ``step``: the EMA's shadows are applied, or CUDA fails.
 
     Example:
@@ -122,6 +136,7 @@ class SGD(torch.optim.SGD):
         decoupled_weight_decay: bool = False,
         reset_grads: bool = False,
         state_dtype: torch.dtype | None = None,
+        master_weights: Literal["fp32", "split", "kahan"] | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -139,11 +154,14 @@ class SGD(torch.optim.SGD):
             raise ValueError("reset_grads would overwrite gradients that differentiable needs")
         if differentiable and state_dtype is not None:
             raise ValueError("state_dtype would round the momentum that differentiable needs")
+        if differentiable and master_weights is not None:
+            raise ValueError("master_weights would hide the parameters that differentiable needs")
         self.defaults.update(
             formulation=formulation,
             decoupled_weight_decay=decoupled_weight_decay,
             reset_grads=reset_grads,
             state_dtype=state_dtype,
+            master_weights=master_weights,
         )
         self._complete_groups()
         self._start(ema)
@@ -155,6 +173,7 @@ class SGD(torch.optim.SGD):
                 group.setdefault(option, self.defaults[option])
             check_formulation(group["formulation"])
             check_state_dtype(group["state_dtype"])
+            check_master_weights(group["master_weights"])
 
     def _start(self, ema: EMA | None) -> None:
         self._plan = Plan()
@@ -191,24 +210,27 @@ class SGD(torch.optim.SGD):
                 for own, group in zip(self.param_groups, groups, strict=True)
             ]
         super().load_state_dict({**state_dict, "param_groups": groups})
-        self._restore_state_dtype(state_dict)
+        self._restore_dtypes(state_dict)
 
-    def _restore_state_dtype(self, state_dict: dict[str, Any]) -> None:
-        """Takes the momentum as it was saved: torch has rounded it to the parameter's dtype."""
+    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state as it was saved, where torch has rounded it to the parameter's dtype."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            if group["state_dtype"] is None:
-                continue
+            hyper = SgdHyper.of_group(group)
             for param, index in zip(group["params"], saved["params"], strict=True):
-                for key in STATE_KEY.values():
-                    momentum = state_dict["state"].get(index, {}).get(key)
-                    if isinstance(momentum, Tensor):
-                        self.state[param][key] = momentum.to(param.device, group["state_dtype"])
+                for key, value in state_dict["state"].get(index, {}).items():
+                    if not isinstance(value, Tensor) or param.is_complex():
+                        continue
+                    if key in STATE_KEY.values():
+                        self.state[param][key] = value.to(param.device, hyper.momentum_dtype(param))
+                    elif key in REFINEMENT_KEY.values():
+                        self.state[param][key] = value.to(param.device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch; it may name its own ``formulation`` and so on."""
         if isinstance(param_group, dict):  # otherwise torch raises
             check_formulation(param_group.get("formulation", "torch"))
             check_state_dtype(param_group.get("state_dtype"))
+            check_master_weights(param_group.get("master_weights"))
         super().add_param_group(param_group)
 
     @property
@@ -283,35 +305,83 @@ class SGD(torch.optim.SGD):
                 hyper = SgdHyper.of_group(group, grad_scale)
                 new = plan.add_param_group(group["params"], self.state, shadows, hyper, decay)
                 if new.params:
-                    started += [(rows, hyper) for rows in self._start_momentum(new, hyper, decay)]
+                    started += [(rows, hyper) for rows in self._start_state(new, hyper, decay)]
             if shadows is not None:
-                plan.add_remaining_ema(shadows, decay)
+                plan.add_remaining_ema(shadows, decay, self._refinement)
             plan.run()
         finally:
             plan.clear(self._subject)
         for rows, hyper in started:
-            for param, momentum in zip(rows.params, rows.momentum_buffers or (), strict=True):
-                self._keep_momentum(param, momentum, hyper.formulation)
+            for i, param in enumerate(rows.params):
+                if rows.momentum_buffers is not None:
+                    self._keep_momentum(param, rows.momentum_buffers[i], hyper.formulation)
+                if rows.refinements is not None:
+                    self._keep_refinement(param, rows.refinements[i], hyper.refinement_key)
 
-    def _start_momentum(self, new: Rows, hyper: SgdHyper, decay: float) -> list[Rows]:
-        """Plans the step of rows whose momentum the state lacks, and returns them with it.
+    def _start_state(self, new: Rows, hyper: SgdHyper, decay: float) -> list[Rows]:
+        """Plans the step of rows whose state is not complete, and returns them with it.
 
-        Momentum that is there in the other formulation is converted; what has none is at its
-        first step.
+        What is there in another form is converted; what has no momentum is at its first step.
         """
-        other_key = STATE_KEY[_OTHER[hyper.formulation]]
-        held = [self.state.get(param, {}).get(other_key) for param in new.params]
-        first = new.take([i for i, momentum in enumerate(held) if momentum is None])
-        later = new.take([i for i, momentum in enumerate(held) if momentum is not None])
-        if later.momentum_buffers is not None:
-            later.momentum_buffers[:] = [
-                self._converted(param, momentum, hyper)
-                for param, momentum in zip(new.params, held, strict=True)
-                if momentum is not None
-            ]
+        if hyper.refinement_key is not None:
+            refinements = [self._start_refinement(param, hyper) for param in new.params]
+            new = new._replace(refinements=refinements)
+        if new.momentum_buffers is None:
+            self._plan.add_sgd(new, hyper, decay)
+            return [new]
+        new.momentum_buffers[:] = [
+            self._held_momentum(param, hyper) if momentum is None else momentum
+            for param, momentum in zip(new.params, new.momentum_buffers, strict=True)
+        ]
+        held = [momentum is not None for momentum in new.momentum_buffers]
+        first = new.take([i for i, is_held in enumerate(held) if not is_held])
+        later = new.take([i for i, is_held in enumerate(held) if is_held])
         self._plan.add_first_sgd(first, hyper, decay)
         self._plan.add_sgd(later, hyper, decay)
         return [first, later]
+
+    def _held_momentum(self, param: Tensor, hyper: SgdHyper) -> Tensor | None:
+        """The momentum that the state holds in the other formulation, converted."""
+        momentum = self.state.get(param, {}).get(STATE_KEY[_OTHER[hyper.formulation]])
+        return None if momentum is None else self._converted(param, momentum, hyper)
+
+    def _start_refinement(self, param: Tensor, hyper: SgdHyper) -> Tensor | None:
+        """What refines the parameter: from the state, or new."""
+        if not isinstance(param, Tensor) or param.dtype not in HALF_DTYPES:
+            return None
+        mode, held = str(hyper.master_weights), self._refinement(param)
+        try:
+            if held is None:
+                return new_refinement(param, mode)
+            if hyper.refinement_key in self.state[param]:
+                return held
+            return converted_refinement(param, held, mode)
+        except ValueError as error:
+            raise ValueError(f"{self._subject('params', param)}: {error}") from None
+
+    def _refinement(self, param: Tensor) -> Tensor | None:
+        """What the state holds to refine the parameter."""
+        state: dict[str, Tensor] = self.state.get(param, {})
+        return next((state[key] for key in REFINEMENT_KEY.values() if key in state), None)
+
+    def _keep_refinement(self, param: Tensor, refinement: Tensor | None, key: str | None) -> None:
+        for other in REFINEMENT_KEY.values():
+            self.state[param].pop(other, None)
+        if refinement is not None and key is not None:
+            self.state[param][key] = refinement
+
+    @torch.no_grad()
+    def sync_masters(self) -> None:
+        """Takes the parameters as they are for exact, after they were changed from outside.
+
+        With ``master_weights`` the next step starts from the master, and without this call it
+        would undo whatever else has written to the parameters: a copied checkpoint, a pruning mask.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                refinement = self._refinement(param)
+                if refinement is not None:
+                    store_(param.detach().float(), param.detach().clone(), refinement)
 
     def _converted(self, param: Tensor, momentum: Tensor, hyper: SgdHyper) -> Tensor:
         """The momentum in the formulation of ``hyper``, from the other one: w = -lr v."""
@@ -361,6 +431,7 @@ _OWN_OPTIONS = {
     "decoupled_weight_decay": False,
     "reset_grads": False,
     "state_dtype": None,
+    "master_weights": None,
 }
 
 _OTHER = {"torch": "sutskever", "sutskever": "torch"}

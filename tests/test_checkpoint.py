@@ -156,6 +156,7 @@ def test_state_is_laid_out_as_torchs():
         "decoupled_weight_decay",
         "reset_grads",
         "state_dtype",
+        "master_weights",
     }
     assert set(b["param_groups"][0]) <= set(a["param_groups"][0])
 

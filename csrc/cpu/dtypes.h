@@ -10,6 +10,7 @@
 #endif
 
 #include "../rules/host_device.h"
+#include "../rules/master.h"
 
 namespace fused_opt::cpu {
 namespace {
@@ -119,6 +120,31 @@ FUSED_OPT_HD void narrow_tile(const float* from, Float16* to) {
   }
 }
 #endif
+
+// The same for a bfloat16 parameter beside its master, whole or in two halves.
+
+FUSED_OPT_HD void narrow_master_tile(float* masters, BFloat16* params) {
+#pragma omp simd
+  for (int i = 0; i < kTile; ++i) {
+    const uint32_t master = rules::settle(bits_of(masters[i]));
+    masters[i] = float_of(master);
+    params[i].bits = rules::param_of(master);
+  }
+}
+
+FUSED_OPT_HD void join_tile(const BFloat16* params, const uint16_t* residuals, float* masters) {
+#pragma omp simd
+  for (int i = 0; i < kTile; ++i) masters[i] = float_of(rules::join(params[i].bits, residuals[i]));
+}
+
+FUSED_OPT_HD void split_tile(const float* masters, BFloat16* params, uint16_t* residuals) {
+#pragma omp simd
+  for (int i = 0; i < kTile; ++i) {
+    const uint32_t master = rules::settle(bits_of(masters[i]));
+    params[i].bits = rules::param_of(master);
+    residuals[i] = rules::residual_of(master);
+  }
+}
 
 }  // namespace
 }  // namespace fused_opt::cpu

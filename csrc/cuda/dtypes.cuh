@@ -97,6 +97,15 @@ class Pack {
     for (int w = 0; w < kWords; ++w) words_[w] = 0;
   }
 
+  // Element k of a 16-bit type, as its bits. To be set in the order of k: an even element clears
+  // its neighbour.
+  __device__ __forceinline__ uint16_t half(int k) const {
+    return uint16_t(words_[k / 2] >> (k % 2 * 16));
+  }
+  __device__ __forceinline__ void set_half(int k, uint16_t bits) {
+    words_[k / 2] = k % 2 ? words_[k / 2] | uint32_t(bits) << 16 : bits;
+  }
+
  private:
   static constexpr int kBytes = N * int(sizeof(T));
   static constexpr int kVectors = kBytes / kVectorBytes;
@@ -130,14 +139,6 @@ class Pack {
       words_[k] = __float_as_uint(value);
     }
   }
-  __device__ __forceinline__ uint16_t half(int k) const {
-    return uint16_t(words_[k / 2] >> (k % 2 * 16));
-  }
-  // In the order of k: an even element clears its neighbour.
-  __device__ __forceinline__ void set_half(int k, uint16_t bits) {
-    words_[k / 2] = k % 2 ? words_[k / 2] | uint32_t(bits) << 16 : bits;
-  }
-
   uint32_t words_[kWords];
 };
 

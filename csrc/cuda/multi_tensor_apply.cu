@@ -60,7 +60,7 @@ class Launcher {
     table_->first_chunk[rows_] = uint32_t(chunks_);
     table_->group[rows_] = uint8_t(slot);
     table_->dtypes[rows_] = 0;
-    for (int s = 0; s < kStreams; ++s) table_->dtypes[rows_] |= uint8_t(row.dtype[s]) << (2 * s);
+    for (int s = 0; s < kStreams; ++s) table_->dtypes[rows_] |= uint16_t(row.dtype[s]) << (3 * s);
     chunks_ += chunks;
     ++rows_;
   }

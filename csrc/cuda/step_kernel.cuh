@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../rules/ema.h"
+#include "../rules/master.h"
 #include "../rules/sgd.h"
 #include "../tensor_list.h"
 #include "dtypes.cuh"
@@ -22,12 +23,12 @@ struct DeviceGroup {
 };
 
 // The table of a launch travels in its kernel parameters, so a step copies nothing to the device
-// and may be captured in a graph. Arrays by field, since a row of 46 bytes would be padded to 48.
+// and may be captured in a graph. Arrays by field, since a row of 55 bytes would be padded to 56.
 template <typename T, int kBytes, int kGroups_>
 struct LaunchTable {
   static constexpr int kGroups = kGroups_;
-  static constexpr int kRowBytes =
-      kStreams * sizeof(void*) + sizeof(int64_t) + sizeof(uint32_t) + 2 * sizeof(uint8_t);
+  static constexpr int kRowBytes = kStreams * sizeof(void*) + sizeof(int64_t) + sizeof(uint32_t) +
+                                   sizeof(uint16_t) + sizeof(uint8_t);
   static constexpr int kRows =
       (kBytes - kGroups * int(sizeof(DeviceGroup<T>)) - 2 * int(sizeof(int64_t))) / kRowBytes;
 
@@ -36,10 +37,10 @@ struct LaunchTable {
   DeviceGroup<T> groups[kGroups];
   int32_t rows;
   uint32_t first_chunk[kRows];
+  uint16_t dtypes[kRows];  // three bits a stream
   uint8_t group[kRows];
-  uint8_t dtypes[kRows];  // two bits a stream
 };
-static_assert(kDTypes <= 4 && kStreams <= 4);
+static_assert(kDTypes <= 8 && 3 * kStreams <= 16);
 
 // CUDA 12.1 raised the limit of kernel parameters from 4 KB to 32,764 bytes. The launch copies all
 // of them, so short lists use the small table.
@@ -78,7 +79,7 @@ struct Row {
   }
 
   __device__ __forceinline__ DType dtype(int stream) const {
-    return kMixed ? DType(dtypes >> (2 * stream) & 3) : kWide<T>;
+    return kMixed ? DType(dtypes >> (3 * stream) & 7) : kWide<T>;
   }
 
   __device__ __forceinline__ char* at(int stream, int64_t i) const {
@@ -110,6 +111,72 @@ struct Row {
   }
 };
 
+// Reads the numbers that a step updates: the stored parameters or, with a refinement, the exact
+// ones.
+template <int N, typename T, bool kMixed>
+__device__ __forceinline__ void unpack_weights(const Row<T, kMixed>& row, const Pack<T, N>& params,
+                                               const Pack<T, N>& refinements, T (&values)[N]) {
+  if constexpr (kMixed && sizeof(T) == sizeof(float)) {
+    if (row.data[kRefinement] && row.dtype(kRefinement) == kWide<T>) {
+      return refinements.unpack(kWide<T>, values);
+    }
+    if (row.data[kRefinement] && row.dtype(kRefinement) == DType::kInt16) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        values[k] = __uint_as_float(rules::join(params.half(k), refinements.half(k)));
+      }
+      return;
+    }
+    params.unpack(row.dtype(kParam), values);
+    if (row.data[kRefinement] && row.data[kGrad]) {
+      T compensations[N];
+      refinements.unpack(row.dtype(kRefinement), compensations);
+#pragma unroll
+      for (int k = 0; k < N; ++k) values[k] += compensations[k];
+    }
+  } else {
+    params.unpack(row.dtype(kParam), values);
+  }
+}
+
+// Packs them again, and leaves in them what the average follows: the master where there is one, and
+// else the parameters as stored.
+template <int N, typename T, bool kMixed>
+__device__ __forceinline__ void pack_weights(const Row<T, kMixed>& row, Pack<T, N>& params,
+                                             Pack<T, N>& refinements, T (&values)[N]) {
+  if constexpr (kMixed && sizeof(T) == sizeof(float)) {
+    const bool refined = row.data[kRefinement] != nullptr;
+    const bool has_master = refined && row.dtype(kRefinement) != row.dtype(kParam);
+    if (has_master && row.dtype(kParam) == DType::kBFloat16) {
+      uint32_t masters[N];
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        masters[k] = rules::settle(__float_as_uint(values[k]));
+        values[k] = __uint_as_float(masters[k]);
+        params.set_half(k, rules::param_of(masters[k]));
+      }
+      if (row.dtype(kRefinement) == kWide<T>) return refinements.pack(kWide<T>, values);
+#pragma unroll
+      for (int k = 0; k < N; ++k) refinements.set_half(k, rules::residual_of(masters[k]));
+      return;
+    }
+    params.pack(row.dtype(kParam), values);
+    if (has_master) return refinements.pack(kWide<T>, values);
+    T stored[N];
+    params.unpack(row.dtype(kParam), stored);
+    if (refined) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) values[k] = rules::compensation_of(values[k], stored[k]);
+      refinements.pack(row.dtype(kRefinement), values);
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) values[k] = stored[k];
+  } else {
+    params.pack(row.dtype(kParam), values);
+    params.unpack(row.dtype(kParam), values);
+  }
+}
+
 // Updates N elements from element i on.
 template <int N, typename T, bool kMixed>
 __device__ __forceinline__ void update(const Row<T, kMixed>& row, const DeviceGroup<T>& group,
@@ -119,42 +186,41 @@ __device__ __forceinline__ void update(const Row<T, kMixed>& row, const DeviceGr
   for (int s = 0; s < kStreams; ++s) {
     if (row.data[s]) packs[s].read(row.at(s, i), row.dtype(s));
   }
-  const auto unpack = [&](Stream stream, T(&values)[N]) {
-    packs[stream].unpack(row.dtype(stream), values);
-  };
-  const auto store = [&](Stream stream, const T(&values)[N]) {
-    packs[stream].pack(row.dtype(stream), values);
+  const auto write = [&](Stream stream) {
     packs[stream].write(row.at(stream, i), row.dtype(stream));
   };
 
   T p[N];
-  unpack(kParam, p);
+  unpack_weights(row, packs[kParam], packs[kRefinement], p);
   if (row.data[kGrad]) {
     T g[N];
-    unpack(kGrad, g);
+    packs[kGrad].unpack(row.dtype(kGrad), g);
     if (row.data[kMomentum]) {
       T v[N];
-      unpack(kMomentum, v);
+      packs[kMomentum].unpack(row.dtype(kMomentum), v);
 #pragma unroll
       for (int k = 0; k < N; ++k) group.sgd.update(p[k], g[k], v[k]);
-      store(kMomentum, v);
+      packs[kMomentum].pack(row.dtype(kMomentum), v);
+      write(kMomentum);
     } else {
 #pragma unroll
       for (int k = 0; k < N; ++k) group.sgd.update(p[k], g[k]);
     }
-    store(kParam, p);
-    unpack(kParam, p);  // the average follows what was stored
+    pack_weights(row, packs[kParam], packs[kRefinement], p);
+    write(kParam);
+    if (row.data[kRefinement]) write(kRefinement);
     if (group.reset_grads) {
       packs[kGrad].clear();
-      packs[kGrad].write(row.at(kGrad, i), row.dtype(kGrad));
+      write(kGrad);
     }
   }
   if (row.data[kShadow]) {
     T s[N];
-    unpack(kShadow, s);
+    packs[kShadow].unpack(row.dtype(kShadow), s);
 #pragma unroll
     for (int k = 0; k < N; ++k) group.ema.update(s[k], p[k]);
-    store(kShadow, s);
+    packs[kShadow].pack(row.dtype(kShadow), s);
+    write(kShadow);
   }
 }
 
@@ -182,13 +248,13 @@ __device__ __forceinline__ void update_chunk(const Row<T, kMixed>& row, const De
 
 // Blocks that share a multiprocessor, at the least: the more, the more reads are under way. With
 // one more, the kernels of mixed dtypes would spill registers.
-template <typename T, bool kMixed>
-inline constexpr int kBlocksPerSM = kMixed ? (sizeof(T) == sizeof(double) ? 2 : 3) : 4;
+template <bool kMixed>
+inline constexpr int kBlocksPerSM = kMixed ? 2 : 4;
 
 // kMixed: some stream is of a narrow type. Kept apart, because the kernel without them needs two
 // thirds of the registers.
 template <typename T, bool kMixed, typename Table>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM<T, kMixed>)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM<kMixed>)
     step_kernel(const __grid_constant__ Table table) {
   const int index = row_of(table, blockIdx.x);
   const Row<T, kMixed> row(table, index);
