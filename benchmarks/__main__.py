@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from .machine import provenance
-from .providers import SGD, SGD_EMA
+from .providers import CLIP_SGD_EMA, SGD, SGD_EMA
 from .reference import WrongResultError
 from .report import DTYPE_NAMES, append_csv, bandwidth_report, host_report, rows
 from .shapes import SHAPES, load
@@ -19,6 +19,7 @@ from .suite import Case, Table, measure, measure_host
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_SHAPES = ["resnet50", "gpt2", "small"]
+OPS = (SGD, SGD_EMA, CLIP_SGD_EMA)
 QUICK_SHAPES = ["resnet50", "small"]
 ROUNDS, QUICK_ROUNDS = 31, 5
 
@@ -84,12 +85,12 @@ def main(
     console.print(LEGEND)
     try:
         for name in shape_names(shapes or [], quick):
-            for op in (SGD, SGD_EMA):
+            for op in OPS:
                 case = Case(op, name, load(name), DTYPE_NAMES[dtype.value], where, threads)
                 table = measure(case, rounds)
                 console.print(bandwidth_report(table))
                 keep(table)
-        for op in (SGD, SGD_EMA) if host else ():
+        for op in OPS if host else ():
             table = measure_host(op, where, threads, rounds)
             console.print(host_report(table))
             keep(table)

@@ -1,13 +1,14 @@
 """The contestants: one optimizer step with the same maths, done by fused_opt and by torch.
 
 A provider has a name and a `setup(params, grads)` that returns a `Step`. All run momentum SGD with
-weight decay; with an EMA, torch follows the step with the fastest averaging that it offers.
+weight decay; with an EMA, torch follows the step with the fastest averaging that it offers. In the
+whole tail of a training step, gradients are clipped before it and filled with 0 after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -19,26 +20,33 @@ LR = 1e-3
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
 DECAY = 0.999
+MAX_NORM = 1.0  # far below the norm of the gradients: all are scaled
 
 
 @dataclass(frozen=True)
 class Op:
-    """What is timed: SGD alone, or SGD and the update of an EMA shadow."""
+    """What is timed: SGD alone, with the update of an EMA shadow, or with that and clipping."""
 
     name: str
     ema: bool
+    clip: bool = False  # by the norm before the step, and gradients filled with 0 after it
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         """Bytes kept per parameter: parameter and momentum, and the shadow (never below fp32)."""
         return 2 * dtype.itemsize + (max(4, dtype.itemsize) if self.ema else 0)
 
     def moved_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes per parameter that one pass must move: state both ways, the gradient once."""
-        return 2 * self.state_bytes(dtype) + dtype.itemsize
+        """Bytes per parameter that must move: state both ways, the gradient once.
+
+        Clipping reads the gradient once more, since the norm is needed first, and a reset writes
+        it.
+        """
+        return 2 * self.state_bytes(dtype) + (3 if self.clip else 1) * dtype.itemsize
 
 
 SGD = Op("SGD", ema=False)
 SGD_EMA = Op("SGD + EMA", ema=True)
+CLIP_SGD_EMA = Op("clip + SGD + EMA + reset", ema=True, clip=True)
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Step:
     params: list[Tensor]
     grads: list[Tensor]
     shadows: list[Tensor] = field(default_factory=list)
+    grad_norm: Callable[[], Tensor] | None = None  # of the last step, where it is clipped
 
     @property
     def momentum_buffers(self) -> list[Tensor]:
@@ -76,15 +85,28 @@ def as_parameters(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     return parameters
 
 
-def fused_opt_sgd(params: list[Tensor], grads: list[Tensor], *, ema: bool) -> Step:
-    """fused_opt: SGD, and the EMA in the same pass."""
+def fused_opt_sgd(params: list[Tensor], grads: list[Tensor], *, op: Op) -> Step:
+    """fused_opt: SGD, and the EMA and the reset in the same pass."""
     parameters = as_parameters(params, grads)
-    average = fused_opt.EMA(parameters, decay=DECAY) if ema else None
+    average = fused_opt.EMA(parameters, decay=DECAY) if op.ema else None
     optimizer = fused_opt.SGD(
-        parameters, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, ema=average
+        parameters,
+        lr=LR,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        ema=average,
+        max_grad_norm=MAX_NORM if op.clip else None,
+        reset_grads=op.clip,
     )
     shadows = list(average.shadows.values()) if average is not None else []
-    return Step(optimizer.step, optimizer, parameters, grads, shadows)
+
+    def grad_norm() -> Tensor:
+        assert optimizer.grad_norm is not None
+        return optimizer.grad_norm
+
+    return Step(
+        optimizer.step, optimizer, parameters, grads, shadows, grad_norm if op.clip else None
+    )
 
 
 Average = Callable[[list[Tensor], list[Tensor]], Callable[[], object]]
@@ -143,6 +165,39 @@ def torch_sgd(
     return Step(step, optimizer, parameters, grads, shadows)
 
 
+def torch_tail(
+    params: list[Tensor],
+    grads: list[Tensor],
+    *,
+    average: Average | None,
+    implementation: dict[str, bool],
+    scale_in_step: bool,
+) -> Step:
+    """Clips, does the step of `torch_sgd`, and fills the gradients with 0.
+
+    Args:
+        params: The parameters.
+        grads: Their gradients.
+        average: The average after the step.
+        implementation: The one of torch.optim.SGD.
+        scale_in_step: Leaves the scaling to the fused step, which can divide gradients by a scale
+            that is meant for mixed precision (and stores the quotients).
+    """
+    step = torch_sgd(params, grads, average=average, implementation=implementation)
+    norms: list[Tensor] = [torch.zeros(())]
+
+    def run() -> None:
+        if scale_in_step:
+            norms[0] = torch.nn.utils.get_total_norm(step.grads, foreach=True)
+            step.optimizer.grad_scale = ((norms[0] + 1e-6) / MAX_NORM).clamp(min=1.0)
+        else:
+            norms[0] = torch.nn.utils.clip_grad_norm_(step.params, MAX_NORM, foreach=True)
+        step.run()
+        step.optimizer.zero_grad(set_to_none=False)
+
+    return replace(step, run=run, grad_norm=lambda: norms[0])
+
+
 FUSED_IS_WRONG = "refused, wrong for half types on the CPU (pytorch #191763)"
 
 
@@ -159,10 +214,18 @@ def providers(op: Op, device: torch.device, dtype: torch.dtype) -> list[Provider
         if half:
             averages[" + float().lerp_"] = float_lerp
 
-    contestants = [Provider("fused_opt", partial(fused_opt_sgd, ema=op.ema), is_torch=False)]
+    contestants = [Provider("fused_opt", partial(fused_opt_sgd, op=op), is_torch=False)]
     for name, options in implementations.items():
         for suffix, average in averages.items():
-            setup = partial(torch_sgd, average=average, implementation=options)
+            kinds: dict[str, Callable[..., Step]] = {f"torch {name}{suffix}": torch_sgd}
+            if op.clip:  # names without "torch", which would not fit into 80 columns
+                clip_first = partial(torch_tail, scale_in_step=False)
+                kinds = {f"clip + {name}{suffix}": clip_first}
+                if name == "fused":
+                    clip_inside = partial(torch_tail, scale_in_step=True)
+                    kinds[f"fused(scale){suffix}"] = clip_inside
             why = refusal if name == "fused" else None
-            contestants.append(Provider(f"torch {name}{suffix}", setup, refusal=why))
+            for kind, setup in kinds.items():
+                step = partial(setup, average=average, implementation=options)
+                contestants.append(Provider(kind, step, refusal=why))
     return contestants

@@ -22,7 +22,7 @@ from .providers import Op, Provider, providers
 from .reference import WrongResultError, check_step
 from .roof import probes
 from .shapes import Shapes, count
-from .timing import Clock, Run, Timing, cuda_clock, host_clock, interleave, wall_clock
+from .timing import Clock, Run, Timing, after, cuda_clock, host_clock, interleave, wall_clock
 
 PARAMETER_SCALE = 0.05  # about the size of trained weights; gradients are standard normal
 HOST_SHAPES: Shapes = [(1,)] * 1000  # all time is host time, and 1 ms a step is 1 us a tensor
@@ -114,11 +114,35 @@ def random_tensors(case: Case, seed: int, scale: float = 1.0) -> list[Tensor]:
     ]
 
 
-def build_provider(case: Case, provider: Provider, grads: list[Tensor]) -> list[Contestant]:
+@dataclass(frozen=True)
+class Gradients:
+    """What all contestants read; a copy is kept where their steps fill the gradients with 0."""
+
+    tensors: list[Tensor]
+    kept: list[Tensor] | None
+
+    @classmethod
+    def of(cls, case: Case) -> Gradients:
+        """Makes those of a case."""
+        tensors = random_tensors(case, seed=2)
+        return cls(tensors, [each.clone() for each in tensors] if case.op.clip else None)
+
+    def renew(self) -> None:
+        """Puts the gradients back."""
+        if self.kept is not None:
+            torch._foreach_copy_(self.tensors, self.kept)
+
+    def clock(self, clock: Clock) -> Clock:
+        """Has each run find the gradients as they were."""
+        return clock if self.kept is None else after(self.renew, clock)
+
+
+def build_provider(case: Case, provider: Provider, grads: Gradients) -> list[Contestant]:
     """Sets a provider up on parameters of its own and checks its step."""
-    step = provider.setup(random_tensors(case, seed=1, scale=PARAMETER_SCALE), grads)
+    params = random_tensors(case, seed=1, scale=PARAMETER_SCALE)
+    step = provider.setup(params, grads.tensors)
     try:
-        check_step(step)
+        check_step(step, grads.renew)
     except WrongResultError as error:
         raise WrongResultError(f"{provider.name} on {case.shapes_name}: {error}") from None
     kind: Kind = "torch" if provider.is_torch else "ours"
@@ -177,10 +201,10 @@ def measure(case: Case, rounds: int) -> Table:
     if not together:
         notes.append("timed one after the other, not interleaved: too large for the memory")
 
-    grads = random_tensors(case, seed=2)
+    grads = Gradients.of(case)
     builds: list[Build] = [partial(build_provider, case, each, grads) for each in allowed]
     builds.append(partial(build_roof, case))
-    clock = cuda_clock if case.device.type == "cuda" else wall_clock
+    clock = grads.clock(cuda_clock if case.device.type == "cuda" else wall_clock)
     results = (time_together if together else time_apart)(builds, rounds, clock)
     lost = {each.name for each in allowed} - {each.name for each in results}
     return Table(case, rounds, results, notes + [f"{name}: out of memory" for name in sorted(lost)])
@@ -189,8 +213,8 @@ def measure(case: Case, rounds: int) -> Table:
 def measure_host(op: Op, device: torch.device, threads: int, rounds: int) -> Table:
     """Times the host side of a step: 1000 tensors of 1 element, gradients kept."""
     case = Case(op, "host", HOST_SHAPES, torch.float32, device, threads)
-    grads = random_tensors(case, seed=2)
+    grads = Gradients.of(case)
     entrants = providers(op, device, case.dtype)
     builds: list[Build] = [partial(build_provider, case, each, grads) for each in entrants]
-    clock = host_clock if device.type == "cuda" else wall_clock
+    clock = grads.clock(host_clock if device.type == "cuda" else wall_clock)
     return Table(case, rounds, time_together(builds, rounds, clock))

@@ -66,6 +66,19 @@ def host_clock(run: Run, repeats: int) -> float:
     return seconds
 
 
+def after(prepare: Run, clock: Clock) -> Clock:
+    """Returns a clock that prepares each single run, and does not count the time of that."""
+
+    def prepared_clock(run: Run, repeats: int) -> float:
+        seconds = 0.0
+        for _ in range(repeats):
+            prepare()
+            seconds += clock(run, 1)
+        return seconds
+
+    return prepared_clock
+
+
 def interleave(runs: Mapping[str, Run], rounds: int, clock: Clock) -> dict[str, Timing]:
     """Returns the timing of each run over the rounds."""
     repeats = {}

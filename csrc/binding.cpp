@@ -9,6 +9,7 @@
 #include "cpu/multi_tensor_apply.h"
 #include "cuda/multi_tensor_apply.h"
 #include "plan.h"
+#include "rules/norm.h"
 #include "tensor_reader.h"
 
 namespace py = pybind11;
@@ -173,6 +174,25 @@ class PyPlan {
     return py::make_tuple(for_torch, scattered);
   }
 
+  // Adds gradients that are clipped by themselves. Returns the same indices as `add`.
+  py::tuple add_grads(const py::list& grads, bool copies) {
+    std::vector<size_t> for_torch, scattered;
+    for (size_t i = 0; i < grads.size(); ++i) {
+      PyObject* const grad = PyList_GET_ITEM(grads.ptr(), i);
+      params_.push_back(grad);
+      hold(grad);
+      const auto reach = read(grad, kGrad, views_[kGrad]);
+      if (!copies) written_.push_back(grad);
+      if (reach == TensorReader::Reach::kTorch || !views_[kGrad].has_kernels) {
+        plan_.skip_row();
+        for_torch.push_back(i);
+      } else if (!plan_.add_grad(views_[kGrad], copies)) {
+        scattered.push_back(i);
+      }
+    }
+    return py::make_tuple(for_torch, scattered);
+  }
+
   // The parameters that have a shadow and were not added with it, and their shadows: frozen ones,
   // those without a gradient this time, those of other optimizers.
   std::pair<py::list, py::list> untouched(const py::dict& shadows) const {
@@ -203,6 +223,60 @@ class PyPlan {
   }
 
   std::vector<int> devices() const { return plan_.devices(); }
+
+  // The chunks of all gradients on a device, and whether one of them is float64.
+  std::pair<int64_t, bool> norm_chunks(int device) {
+    int64_t chunks = 0;
+    bool has_float64 = false;
+    for (const TensorRow& row : plan_.grads(device).rows) {
+      chunks += rules::norm_chunks(row.numel);
+      has_float64 = has_float64 || row.dtype[kGrad] == DType::kFloat64;
+    }
+    return {chunks, has_float64};
+  }
+
+  // Writes the norm of all gradients on a device, and the coefficient that clips them, to
+  // `result`: the address of two doubles there, and on CUDA of one more for each chunk.
+  void grad_norm(int device, int threads, const ClipHyper& hyper, uintptr_t result) {
+    const TensorList grads = plan_.grads(device);
+    double* const output = reinterpret_cast<double*>(result);
+    if (device == kCpu) {
+      py::gil_scoped_release release;
+      cpu::grad_norm(grads, hyper, threads, output);
+      return;
+    }
+#if FUSED_OPT_WITH_CUDA
+    void* stream = reader().current_stream(device);
+    py::gil_scoped_release release;
+    cuda::grad_norm(grads, hyper, device, stream, output);
+#else
+    throw std::logic_error("fused_opt was built without CUDA kernels");
+#endif
+  }
+
+  // Multiplies all gradients on a device: on the CPU by the number, on CUDA by what is there at
+  // the address.
+  void scale_grads(int device, int threads, double coefficient,
+                   [[maybe_unused]] uintptr_t device_coefficient) {
+    const TensorList grads = plan_.grads(device);
+    if (device == kCpu) {
+      py::gil_scoped_release release;
+      cpu::scale_grads(grads, coefficient, threads);
+      return;
+    }
+#if FUSED_OPT_WITH_CUDA
+    void* stream = reader().current_stream(device);
+    py::gil_scoped_release release;
+    cuda::scale_grads(grads, reinterpret_cast<const double*>(device_coefficient), device, stream);
+#else
+    throw std::logic_error("fused_opt was built without CUDA kernels");
+#endif
+  }
+
+  // Clips the step on the devices that are run from here on; arguments as for `scale_grads`.
+  void set_clip(double coefficient, uintptr_t device_coefficient) {
+    plan_.set_clip(coefficient, reinterpret_cast<const double*>(device_coefficient));
+  }
 
   void run(int device, int threads) {
     const TensorList& list = plan_.list(device);
@@ -357,6 +431,8 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_archs") = split(FUSED_OPT_CUDA_ARCHS);
   module.attr("ptx_archs") = split(FUSED_OPT_PTX_ARCHS);
   module.attr("chunk_elements") = cuda::kChunkElements;
+  module.attr("norm_chunk_elements") = rules::kNormChunk;
+  module.attr("norm_lanes") = rules::kLanes<float>;
   module.def("cpu_isa", cpu::isa_level);
   module.def("cpu_isas", cpu::isa_levels);
   module.def("set_cpu_isa", cpu::set_isa_level);
@@ -368,14 +444,26 @@ PYBIND11_MODULE(_C, module) {
            py::arg("decoupled_weight_decay") = false, py::arg("sutskever") = false,
            py::arg("reset_grads") = false, py::arg("decay") = 0, py::arg("device_lr") = 0);
 
+  py::class_<ClipHyper>(module, "ClipHyper")
+      .def(py::init([](double max_norm, double grad_scale, bool infinity) {
+             return ClipHyper{max_norm, grad_scale, infinity};
+           }),
+           py::kw_only(), py::arg("max_norm"), py::arg("grad_scale") = 1,
+           py::arg("infinity") = false);
+
   py::class_<PyPlan>(module, "Plan")
       .def(py::init())
       .def("clear", &PyPlan::clear)
       .def("add_param_group", &PyPlan::add_param_group)
       .def("add", &PyPlan::add)
+      .def("add_grads", &PyPlan::add_grads)
       .def("untouched", &PyPlan::untouched)
       .def("check", &PyPlan::check)
       .def("written", &PyPlan::written)
       .def("devices", &PyPlan::devices)
+      .def("norm_chunks", &PyPlan::norm_chunks)
+      .def("grad_norm", &PyPlan::grad_norm)
+      .def("scale_grads", &PyPlan::scale_grads)
+      .def("set_clip", &PyPlan::set_clip)
       .def("run", &PyPlan::run);
 }

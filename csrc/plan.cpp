@@ -112,6 +112,19 @@ bool Plan::add_row(const TensorView* const (&views)[kStreams], uint16_t group, b
   return common_order;
 }
 
+bool Plan::add_grad(const TensorView& grad, bool copy) {
+  const uint32_t index = rows_++;
+  const bool dense = is_dense(grad);
+  if (!copy) overlap_.add(grad, index, kGrad, dense, true);
+  if (!dense || grad.numel == 0) return dense;
+  TensorRow row;
+  row.numel = grad.numel;
+  row.data[kGrad] = grad.data;
+  row.dtype[kGrad] = grad.dtype;
+  list_for(grad.device).rows.push_back(row);
+  return true;
+}
+
 TensorList& Plan::list_for(int device) {
   for (DeviceList& entry : lists_) {
     if (entry.device == device) return entry.list;
@@ -132,6 +145,21 @@ const TensorList& Plan::list(int device) {
   TensorList& list = list_for(device);
   list.groups = groups_;
   return list;
+}
+
+TensorList Plan::grads(int device) {
+  TensorList grads;
+  for (const TensorRow& row : list_for(device).rows) {
+    if (row.data[kGrad] != nullptr) grads.rows.push_back(row);
+  }
+  return grads;
+}
+
+void Plan::set_clip(double clip, const double* device_clip) {
+  for (Group& group : groups_) {
+    group.sgd.clip = clip;
+    group.device_clip = device_clip;
+  }
 }
 
 }  // namespace fused_opt

@@ -23,15 +23,23 @@ class Plan {
   // RowError if they do not fit together.
   bool add_row(const TensorView* const (&views)[kStreams], uint16_t group, bool copies = false);
 
+  // Adds a gradient that is written by itself. Returns false, and adds nothing to run, if it has
+  // gaps: the caller then offers a copy that has none.
+  bool add_grad(const TensorView& grad, bool copy = false);
+
   // Counts a row that is run elsewhere, so that the rows of errors stay those of the caller.
   void skip_row() { ++rows_; }
 
   // Throws RowError if tensors share memory that the step writes.
   void check_overlap() { overlap_.check(); }
 
-  // The devices that have rows, and their rows.
+  // The devices that have rows, and their rows: all, or those with a gradient.
   std::vector<int> devices() const;
   const TensorList& list(int device);
+  TensorList grads(int device);
+
+  // Clips every group, by the number or by what the address on the device holds, if it is not null.
+  void set_clip(double clip, const double* device_clip);
 
  private:
   struct DeviceList {

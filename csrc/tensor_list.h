@@ -34,9 +34,11 @@ struct TensorRow {
 // What all rows of a param group share.
 struct Group {
   SgdHyper sgd;
-  double decay = 0;                   // of the shadow
-  bool reset_grads = false;           // fill the gradients with 0 after reading them
-  const double* device_lr = nullptr;  // CUDA: read the learning rate from here instead of sgd.lr
+  double decay = 0;          // of the shadow
+  bool reset_grads = false;  // fill the gradients with 0 after reading them
+  // CUDA: read these from device memory instead of sgd.lr and sgd.clip.
+  const double* device_lr = nullptr;
+  const double* device_clip = nullptr;
 };
 
 struct TensorList {

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
-from fused_opt._hyper import SgdHyper, as_scalar
+from fused_opt._hyper import ClipHyper, SgdHyper, as_scalar
 from fused_opt._masters import exact_value, store_
 
 
@@ -50,8 +51,12 @@ def sgd_formula(
 
 
 def unscaled(grad: Tensor, hyper: SgdHyper) -> Tensor:
-    """The gradient of the loss itself; it is not written."""
-    return grad if hyper.grad_scale == 1 else grad * (1 / hyper.grad_scale)
+    """The gradient of the loss itself, clipped; it is not written."""
+    if hyper.grad_scale != 1:
+        grad = grad * (1 / hyper.grad_scale)
+    if hyper.clip is not None:  # float64, which would widen a gradient of no dimensions
+        grad = (grad * hyper.clip.to(grad.device)).to(grad.dtype)
+    return grad
 
 
 def sgd_step_(
@@ -115,3 +120,26 @@ class Refined:
         ):
             if refinement is not None:
                 store_(value, param, refinement)
+
+
+def grad_norm(grad: Tensor, hyper: ClipHyper) -> Tensor:
+    """The norm of one gradient of any kind, a tensor of no dimensions."""
+    values = grad.detach()
+    if values.layout == torch.sparse_coo:
+        values = values.coalesce().values()
+    elif values.layout != torch.strided:
+        values = values.values()
+    if values.numel() == 0:  # which has no largest element
+        return values.new_zeros((), dtype=torch.float32)
+    half = values.dtype in (torch.bfloat16, torch.float16)
+    dtype = torch.float32 if half else None
+    norm: Tensor = torch.linalg.vector_norm(values, hyper.order, dtype=dtype)
+    if hasattr(norm, "full_tensor"):  # a DTensor, of which every process has a part
+        norm = norm.full_tensor()
+    return norm / hyper.grad_scale
+
+
+def clip_coefficient(norms: list[Tensor], hyper: ClipHyper) -> tuple[Tensor, Tensor]:
+    """The norm of gradients from their norms, and what clips them: ``ClipRule`` in torch."""
+    norm = torch.linalg.vector_norm(torch.stack(norms), hyper.order)
+    return norm, (hyper.max_norm / (norm + 1e-6)).clamp(max=1.0)

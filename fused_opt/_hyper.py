@@ -47,6 +47,17 @@ def check_decay(decay: Any) -> None:
         raise ValueError(f"Invalid decay: {decay!r}, expected a number in [0, 1]")
 
 
+def check_max_grad_norm(max_grad_norm: Any) -> None:
+    """Raises ValueError unless it is a positive number, or None for no clipping."""
+    if max_grad_norm is None:
+        return
+    is_number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
+    if not (is_number and max_grad_norm > 0):  # NaN compares false
+        raise ValueError(
+            f"Invalid max_grad_norm: {max_grad_norm!r}, expected None or a number above 0"
+        )
+
+
 def as_scalar(value: float | Tensor, name: str) -> float | Tensor:
     """A hyper-parameter that broadcasts over parameters of any shape, also of none."""
     if not isinstance(value, Tensor):
@@ -71,6 +82,7 @@ class SgdHyper(NamedTuple):
     reset_grads: bool = False
     state_dtype: torch.dtype | None = None
     master_weights: str | None = None
+    clip: Tensor | None = None  # multiplies the gradients; the kernels get it by another way
 
     @classmethod
     def of_group(cls, group: dict[str, Any], grad_scale: float = 1.0) -> SgdHyper:
@@ -109,3 +121,16 @@ class SgdHyper(NamedTuple):
             return self.state_dtype
         has_master = self.master_weights in ("fp32", "split") and param.dtype in HALF_DTYPES
         return torch.float32 if has_master else param.dtype
+
+
+class ClipHyper(NamedTuple):
+    """How gradients are clipped: by the 2-norm of all, or by their largest magnitude."""
+
+    max_norm: float
+    grad_scale: float = 1.0
+    infinity: bool = False
+
+    @property
+    def order(self) -> float:
+        """The norm's p."""
+        return float("inf") if self.infinity else 2.0

@@ -6,7 +6,9 @@ changed before ``run`` has found no fault.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fused_opt import _composite
-from fused_opt._hyper import SgdHyper, as_scalar
+from fused_opt._hyper import ClipHyper, SgdHyper, as_scalar
 from fused_opt._native import native
 
 _STREAMS = ("params", "grads", "momentum_buffers", "shadows", "refinements")
@@ -44,6 +46,21 @@ class Rows(NamedTuple):
         )
 
 
+class Clip(NamedTuple):
+    """The norm of all gradients, and the coefficient that clips them.
+
+    Both are float64 tensors of no dimensions on one device, that may be overwritten by the next.
+    """
+
+    total: Tensor
+    coefficient: Tensor
+    dtype: torch.dtype
+
+    def norm(self) -> Tensor:
+        """The norm as a tensor of its own, in the dtype that users see."""
+        return self.total.to(self.dtype, copy=True)
+
+
 class Plan:
     """The tensors of one step, from optimizer state or lists to one launch per device."""
 
@@ -63,7 +80,8 @@ class Plan:
         # Tensors, their dense copies that are updated, and whether to copy them back.
         self._copies: list[tuple[Tensor, Tensor, bool]] = []
         self._scalars: list[Tensor] = []  # on the device, alive until the launch
-        self._for_torch: list[Callable[[], None]] = []
+        self._for_torch: list[Callable[[Tensor | None], None]] = []
+        self._torch_grads: list[Tensor] = []  # that no kernel reaches
 
     def add_param_group(
         self,
@@ -151,40 +169,120 @@ class Plan:
         finally:
             self.clear(subject)
 
-    def run(self) -> None:
-        """Checks what can only be checked on the whole, then updates everything.
+    def add_grads(self, grads: list[Tensor]) -> None:
+        """Adds gradients that no step reads: for ``grad_norm`` and ``scale_grads``."""
+        for_torch, scattered = self._checked(self._native.add_grads, grads, False)
+        self._torch_grads += [grads[i] for i in for_torch]
+        copies = [torch.empty_like(grads[i], requires_grad=False) for i in scattered]
+        self._checked(self._native.add_grads, copies, True)
+        self._copies += [(grads[i], c, True) for i, c in zip(scattered, copies, strict=True)]
+
+    def grad_norm(
+        self, hyper: ClipHyper, home: torch.device, scratch: dict[int, Tensor] | None = None
+    ) -> Clip:
+        """The norm of all gradients that were added. Changes nothing.
+
+        Args:
+            hyper: which norm, and by what it clips.
+            home: where the result is.
+            scratch: device memory, to be used again by the next call.
+        """
+        self._fill_copies()
+        scratch = {} if scratch is None else scratch
+        found, dtype = [], torch.float32
+        for device in self._native.devices():
+            chunks, has_float64 = self._native.norm_chunks(device)
+            if chunks:
+                found.append(self._norm_on(device, chunks, hyper, scratch))
+                dtype = torch.float64 if has_float64 else dtype
+        if len(found) == 1 and not self._torch_grads and found[0].device == home:
+            return Clip(found[0][0], found[0][1], dtype)
+        # Norms of norms, as torch has it.
+        norms = [each[0] for each in found]
+        norms += [_composite.grad_norm(grad, hyper) for grad in self._torch_grads]
+        if any(grad.dtype in (torch.float64, torch.complex128) for grad in self._torch_grads):
+            dtype = torch.float64
+        wide = torch.float32 if home.type == "mps" else torch.float64  # which has no float64
+        norms = [norm.to(home, wide) for norm in norms]
+        norms = norms or [torch.zeros((), device=home, dtype=wide)]
+        return Clip(*_composite.clip_coefficient(norms, hyper), dtype)
+
+    def _norm_on(
+        self, device: int, chunks: int, hyper: ClipHyper, scratch: dict[int, Tensor]
+    ) -> Tensor:
+        """The norm and the coefficient, as if the gradients of a device were all there are."""
+        size = 2 if device == _CPU else 2 + chunks
+        memory = scratch.get(device)
+        if memory is None or memory.numel() < size:
+            where = torch.device("cpu") if device == _CPU else torch.device("cuda", device)
+            memory = scratch[device] = torch.empty(size, dtype=torch.float64, device=where)
+        native_hyper = self._module.ClipHyper(**hyper._asdict())
+        self._launch(device, self._native.grad_norm, native_hyper, memory.data_ptr())
+        return memory
+
+    def check(self) -> None:
+        """Checks what can only be checked on the whole.
 
         Raises:
             ValueError: tensors share memory.
             RuntimeError: CUDA tensors, and the module has no code for their device.
         """
         self._checked(self._native.check)
-        devices: list[int] = self._native.devices()
-        if self._module.cuda_version is None and any(device != _CPU for device in devices):
-            device = next(device for device in devices if device != _CPU)
+        if self._module.cuda_version is not None:
+            return
+        on_gpu = [device for device in self._native.devices() if device != _CPU]
+        if on_gpu:
             raise RuntimeError(
                 "the parameters are on CUDA, and fused_opt was built without CUDA kernels. Rebuild "
-                f"it where there is an nvcc, 12.1 or newer: {_rebuild_command(device)}"
+                f"it where there is an nvcc, 12.1 or newer: {_rebuild_command(on_gpu[0])}"
             )
+
+    def run(self, clip: Clip | None = None) -> None:
+        """Updates everything, with clipped gradients if asked; raises as :meth:`check` does."""
+        self.check()
         increment_version(self._native.written())
         for step in self._for_torch:
-            step()
+            step(None if clip is None else clip.coefficient)
+        self._fill_copies()
+        for device in self._native.devices():
+            if clip is not None:
+                self._native.set_clip(*self._coefficient_on(device, clip))
+            self._launch(device, self._native.run)
+        self._write_copies()
+
+    def scale_grads(self, clip: Clip) -> None:
+        """Multiplies all gradients that were added; to be called after :meth:`check`."""
+        increment_version(self._native.written())
+        for grad in self._torch_grads:
+            grad.mul_(clip.coefficient.to(grad.device))
+        for device in self._native.devices():
+            self._launch(device, self._native.scale_grads, *self._coefficient_on(device, clip))
+        self._write_copies()
+
+    def _coefficient_on(self, device: int, clip: Clip) -> tuple[float, int]:
+        """The number for the CPU, an address for a GPU, where it is not waited for."""
+        if device == _CPU:
+            return float(clip.coefficient), 0
+        coefficient = clip.coefficient.to(torch.device("cuda", device))
+        self._scalars.append(coefficient)
+        return 1.0, coefficient.data_ptr()
+
+    def _fill_copies(self) -> None:
         for tensor, copy, _ in self._copies:
             copy.copy_(tensor)
-        threads = torch.get_num_threads()
-        for device in devices:
-            if device == _CPU:
-                self._native.run(device, threads)
-            else:
-                self._run_cuda(device)
+
+    def _write_copies(self) -> None:
         for tensor, copy, written in self._copies:
             if written:
                 tensor.copy_(copy)
 
-    def _run_cuda(self, device: int) -> None:
+    def _launch(self, device: int, call: Callable[..., None], *args: Any) -> None:
+        """Runs native code on a device."""
+        if device == _CPU:
+            return call(device, torch.get_num_threads(), *args)
         try:
             with torch.cuda.device(device):
-                self._native.run(device, 1)
+                call(device, 1, *args)
         except self._module.CudaError as error:
             code, message = error.args
             raise RuntimeError(f"{message}. {cuda_advice(code, device)}") from None
@@ -279,7 +377,7 @@ class Plan:
             self._check_for_torch(rows.take([k]), hyper)
         if hyper is None:
             self._for_torch.append(
-                lambda: _composite.ema_update_(
+                lambda _: _composite.ema_update_(
                     rows.shadows or [],
                     _composite.Refined(rows.params, rows.refinements).values,
                     decay,
@@ -287,12 +385,15 @@ class Plan:
             )
             return
 
-        def step() -> None:
+        self._torch_grads += rows.grads or []
+
+        def step(clip: Tensor | None) -> None:
             momentums = [] if rows.momentum_buffers is None else rows.momentum_buffers
             if first:
                 momentums[:] = [None] * len(momentums)  # a sparse gradient has a sparse one
             refined = _composite.Refined(rows.params, rows.refinements)
-            _composite.sgd_step_(refined.values, rows.grads or [], momentums, hyper)
+            clipping = hyper._replace(clip=clip)
+            _composite.sgd_step_(refined.values, rows.grads or [], momentums, clipping)
             refined.store_()
             if first and (hyper.state_dtype or hyper.master_weights):
                 momentums[:] = [
@@ -349,6 +450,30 @@ class Plan:
             kind, param, stream, message = error.args
             subject = self._subject(_STREAMS[stream], param)
         raise kind(f"{subject}: {message}")
+
+
+class _Local(threading.local):
+    """A plan for each thread: it remembers what it has checked from one call to the next."""
+
+    plan: Plan | None = None
+
+
+_local = _Local()
+
+
+@contextmanager
+def thread_plan(params: Sequence[Tensor]) -> Iterator[Plan]:
+    """The thread's plan, cleared before and after: it must not keep the caller's tensors."""
+
+    def subject(stream: str, param: Tensor) -> str:
+        return next(f"{stream}[{i}]" for i, other in enumerate(params) if other is param)
+
+    plan = _local.plan = _local.plan or Plan()
+    plan.clear(subject)
+    try:
+        yield plan
+    finally:
+        plan.clear(subject)
 
 
 def cuda_advice(code: int, device: int = 0) -> str:

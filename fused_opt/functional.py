@@ -5,40 +5,14 @@ These are the kernels of :class:`fused_opt.SGD` and :class:`fused_opt.EMA` behin
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_opt._hyper import SgdHyper, check_decay, check_formulation, check_state_dtype
-from fused_opt._plan import Plan, Rows
-
-
-class _Local(threading.local):
-    """A plan for each thread: it remembers what it has checked from one call to the next."""
-
-    plan: Plan | None = None
-
-
-_local = _Local()
-
-
-@contextmanager
-def _new_plan(params: Sequence[Tensor]) -> Iterator[Plan]:
-    """The thread's plan, cleared before and after: it must not keep the caller's tensors."""
-
-    def subject(stream: str, param: Tensor) -> str:
-        return next(f"{stream}[{i}]" for i, other in enumerate(params) if other is param)
-
-    plan = _local.plan = _local.plan or Plan()
-    plan.clear(subject)
-    try:
-        yield plan
-    finally:
-        plan.clear(subject)
+from fused_opt._plan import Rows, thread_plan
 
 
 @torch.no_grad()
@@ -147,7 +121,7 @@ def sgd_step_(
     first = [i for i, momentum in enumerate(rows.momentum_buffers or ()) if momentum is None]
     later = [i for i in range(len(params)) if i not in set(first)] if first else None
     first_rows, later_rows = rows.take(first), rows if later is None else rows.take(later)
-    with _new_plan(params) as plan:
+    with thread_plan(params) as plan:
         plan.add_first_sgd(first_rows, hyper, decay or 0.0)
         plan.add_sgd(later_rows, hyper, decay or 0.0)
         plan.run()
@@ -186,7 +160,7 @@ def ema_update_(shadows: Sequence[Tensor], params: Sequence[Tensor], *, decay: f
     """
     check_decay(decay)
     _check_length("shadows", shadows, params)
-    with _new_plan(params) as plan:
+    with thread_plan(params) as plan:
         plan.add_ema(list(params), list(shadows), decay)
         plan.run()
 

@@ -14,14 +14,16 @@ from fused_opt._hyper import (
     HALF_DTYPES,
     REFINEMENT_KEY,
     STATE_KEY,
+    ClipHyper,
     SgdHyper,
     as_scalar,
     check_formulation,
     check_master_weights,
+    check_max_grad_norm,
     check_state_dtype,
 )
 from fused_opt._masters import converted_refinement, new_refinement, store_
-from fused_opt._plan import Plan, Rows
+from fused_opt._plan import Clip, Plan, Rows
 from fused_opt.ema import EMA
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class SGD(torch.optim.SGD):
     With gradient g, lr η, momentum μ, dampening τ and weight decay λ, for every element
 
     .. math::
+        g &\leftarrow \min(1, n_\text{max} / (n + 10^{-6})) \, g \qquad
+            \text{if gradients of norm } n \text{ are clipped to } n_\text{max} \\
         d &= g + \lambda p \qquad (-g + \lambda p \text{ to maximize}) \\
         v &\leftarrow \mu v + (1 - \tau) d \qquad (v \leftarrow d \text{ at the first step}) \\
         p &\leftarrow p - \eta u, \qquad u = v, \text{ or } d + \mu v \text{ with nesterov} \\
@@ -90,12 +94,17 @@ class SGD(torch.optim.SGD):
             parameter's dtype. Beside a master the momentum is float32 unless ``state_dtype`` says
             otherwise, and the EMA follows the master. Master and residual round bfloat16 ties away
             from zero, which can be undone.
+        max_grad_norm: clips the gradients to this 2-norm, taken over all param groups, which must
+            agree on it: as ``clip_grad_norm_`` before the step, but the step multiplies each
+            gradient as it reads it, and none is written. The norm, in :attr:`grad_norm`, takes one
+            more pass over the gradients. None does not clip, and inf only takes the norm.
 
     Raises:
         ValueError: as ``torch.optim.SGD``, with its messages; an unknown formulation,
-            ``state_dtype`` or ``master_weights``; an ``ema`` that is attached to another optimizer.
-            ``step``: gradients or state that do not fit their parameter, tensors that share memory.
-            Nothing has changed.
+            ``state_dtype`` or ``master_weights``; a ``max_grad_norm`` that is not above 0 or
+            differs between groups; an ``ema`` that is attached to another optimizer. ``step``:
+            gradients or state that do not fit their parameter, tensors that share memory. Nothing
+            has changed.
         RuntimeError: ``step``: the EMA's shadows are applied, or CUDA fails.
 
     Example:
@@ -137,6 +146,7 @@ class SGD(torch.optim.SGD):
         reset_grads: bool = False,
         state_dtype: torch.dtype | None = None,
         master_weights: Literal["fp32", "split", "kahan"] | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -162,6 +172,7 @@ class SGD(torch.optim.SGD):
             reset_grads=reset_grads,
             state_dtype=state_dtype,
             master_weights=master_weights,
+            max_grad_norm=max_grad_norm,
         )
         self._complete_groups()
         self._start(ema)
@@ -174,9 +185,19 @@ class SGD(torch.optim.SGD):
             check_formulation(group["formulation"])
             check_state_dtype(group["state_dtype"])
             check_master_weights(group["master_weights"])
+        self._max_grad_norm()
+
+    def _max_grad_norm(self) -> float | None:
+        """What all groups say, which users change between steps."""
+        max_norm = _common_max_grad_norm(self.param_groups)
+        if max_norm is not None and self.defaults["differentiable"]:
+            raise ValueError("max_grad_norm clips outside the graph that differentiable needs")
+        return max_norm
 
     def _start(self, ema: EMA | None) -> None:
         self._plan = Plan()
+        self._clip: Clip | None = None
+        self._scratch: dict[int, Tensor] = {}
         self._ema: EMA | None = None
         self.ema = ema
 
@@ -209,6 +230,7 @@ class SGD(torch.optim.SGD):
                 {**{option: own[option] for option in _OWN_OPTIONS}, **group}
                 for own, group in zip(self.param_groups, groups, strict=True)
             ]
+            _common_max_grad_norm(groups)
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._restore_dtypes(state_dict)
 
@@ -226,11 +248,18 @@ class SGD(torch.optim.SGD):
                         self.state[param][key] = value.to(param.device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group, as in torch; it may name its own ``formulation`` and so on."""
+        """Adds a param group, as in torch; it may name its own ``formulation`` and so on.
+
+        ``max_grad_norm`` is that of the other groups.
+        """
         if isinstance(param_group, dict):  # otherwise torch raises
             check_formulation(param_group.get("formulation", "torch"))
             check_state_dtype(param_group.get("state_dtype"))
             check_master_weights(param_group.get("master_weights"))
+            if "max_grad_norm" in self.defaults:  # not while the constructor adds its groups
+                known = self.param_groups[0]
+                param_group.setdefault("max_grad_norm", known["max_grad_norm"])
+                _common_max_grad_norm([known, param_group])
         super().add_param_group(param_group)
 
     @property
@@ -247,6 +276,17 @@ class SGD(torch.optim.SGD):
         if self._ema is not None and self._ema is not ema:
             self._ema._detach()
         self._ema = ema
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the gradients at the last step, before they were clipped.
+
+        A new tensor of no dimensions on the first gradient's device, float64 where a gradient is
+        and otherwise float32. A scale that ``torch.amp.GradScaler`` has put on the gradients is
+        divided out, and a step that it skips leaves the norm of the gradients that made it do so.
+        None before the first step, and without ``max_grad_norm``.
+        """
+        return None if self._clip is None else self._clip.norm()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -273,10 +313,10 @@ class SGD(torch.optim.SGD):
         # Set by torch.amp.GradScaler. On a GPU this waits for the backward pass to finish.
         found_inf = getattr(self, "found_inf", None)
         grad_scale = getattr(self, "grad_scale", None)
-        if found_inf is not None and float(found_inf) != 0:
-            self._reset_grads()
-            return loss
         scale = 1.0 if grad_scale is None else float(grad_scale)
+        if found_inf is not None and float(found_inf) != 0:
+            self._skip(scale)
+            return loss
         if self.defaults["differentiable"]:
             self._differentiable_step(scale)
         else:
@@ -285,15 +325,33 @@ class SGD(torch.optim.SGD):
             self._ema.num_updates += 1
         return loss
 
-    def _reset_grads(self) -> None:
+    @_disable_dynamo
+    def _skip(self, grad_scale: float) -> None:
         """What is left of a step that is skipped: infinite gradients must not stay."""
+        max_norm = self._max_grad_norm()
+        if max_norm is not None:
+            params = [param for group in self.param_groups for param in group["params"]]
+            self._plan.clear(self._subject)
+            try:
+                self._plan.add_grads([p.grad for p in params if p.grad is not None])
+                self._clip = self._take_norm(max_norm, grad_scale)
+            finally:
+                self._plan.clear(self._subject)
         for group in self.param_groups:
             for param in group["params"] if group["reset_grads"] else ():
                 if param.grad is not None:
                     param.grad.zero_()
 
+    def _take_norm(self, max_norm: float, grad_scale: float) -> Clip:
+        """The norm of all gradients in the plan."""
+        params = (param for group in self.param_groups for param in group["params"])
+        devices = (param.grad.device for param in params if param.grad is not None)
+        home = next(devices, torch.device("cpu"))
+        return self._plan.grad_norm(ClipHyper(max_norm, grad_scale), home, self._scratch)
+
     @_disable_dynamo
     def _step(self, grad_scale: float) -> None:
+        max_norm, clip = self._max_grad_norm(), None
         ema = self._ema
         shadows = ema._shadow_of if ema is not None else None
         decay = ema.decay if ema is not None else 0.0
@@ -308,9 +366,13 @@ class SGD(torch.optim.SGD):
                     started += [(rows, hyper) for rows in self._start_state(new, hyper, decay)]
             if shadows is not None:
                 plan.add_remaining_ema(shadows, decay, self._refinement)
-            plan.run()
+            if max_norm is not None:
+                plan.check()
+                clip = self._take_norm(max_norm, grad_scale)
+            plan.run(clip)
         finally:
             plan.clear(self._subject)
+        self._clip = clip
         for rows, hyper in started:
             for i, param in enumerate(rows.params):
                 if rows.momentum_buffers is not None:
@@ -400,6 +462,7 @@ class SGD(torch.optim.SGD):
         state.pop(STATE_KEY[_OTHER[formulation]], None)
 
     def _differentiable_step(self, grad_scale: float) -> None:
+        self._max_grad_norm()
         for group in self.param_groups:
             hyper = SgdHyper.of_group(group, grad_scale)
             for param in group["params"]:
@@ -432,6 +495,21 @@ _OWN_OPTIONS = {
     "reset_grads": False,
     "state_dtype": None,
     "master_weights": None,
+    "max_grad_norm": None,
 }
+
+
+def _common_max_grad_norm(groups: list[dict[str, Any]]) -> float | None:
+    """Raises ValueError unless all groups name the same, since there is one norm."""
+    found: list[float | None] = [group["max_grad_norm"] for group in groups]
+    for max_norm in found:
+        check_max_grad_norm(max_norm)
+    if any(max_norm != found[0] for max_norm in found):
+        raise ValueError(
+            "max_grad_norm: one norm is taken over all param groups; expected the same value in "
+            f"each, got {found}"
+        )
+    return found[0] if found else None
+
 
 _OTHER = {"torch": "sutskever", "sutskever": "torch"}

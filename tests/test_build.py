@@ -138,15 +138,18 @@ def test_no_kernel_uses_a_stack_frame_or_spills(cuobjdump: str) -> None:
 
 
 @needs_cuda_code
-def test_every_step_kernel_loads_and_stores_16_bytes_at_a_time(cuobjdump: str) -> None:
+def test_every_kernel_loads_and_stores_16_bytes_at_a_time(cuobjdump: str) -> None:
     arch = "90" if "90" in _C.cuda_archs else _C.cuda_archs[-1]
     sass = run(cuobjdump, "--dump-sass", "--gpu-architecture", f"sm_{arch}", MODULE)
     _, *functions = re.split(r"Function : ", sass)
-    steps = {text.split(maxsplit=1)[0]: text for text in functions if "step_kernel" in text[:2000]}
-    assert steps
-    for name, text in steps.items():
-        assert re.search(r"\bLDG\.E\S*\.128", text), f"{name}: no 128-bit load"
-        assert re.search(r"\bSTG\.E\S*\.128", text), f"{name}: no 128-bit store"
+    kernels = {text.split(maxsplit=1)[0]: text for text in functions}
+    for kind in ("step_kernel", "norm_kernel", "scale_kernel"):
+        found = {name: text for name, text in kernels.items() if kind in name}
+        assert found
+        for name, text in found.items():
+            assert re.search(r"\bLDG\.E\S*\.128", text), f"{name}: no 128-bit load"
+            if kind != "norm_kernel":
+                assert re.search(r"\bSTG\.E\S*\.128", text), f"{name}: no 128-bit store"
 
 
 # ---- Linking -------------------------------------------------------------------------------------

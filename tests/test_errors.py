@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import re
 import sys
-import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -689,7 +688,7 @@ def test_a_gpu_without_code_is_named_with_the_command_that_builds_it(code, monke
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU number {device}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, device))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    module = fused_opt._C
+    module = fused_opt._native.native()
     monkeypatch.setattr(module, "cuda_version", "12.8")
     monkeypatch.setattr(module, "cuda_archs", ["75", "90"])
     monkeypatch.setattr(module, "ptx_archs", ["75"])
@@ -698,9 +697,8 @@ def test_a_gpu_without_code_is_named_with_the_command_that_builds_it(code, monke
         raise module.CudaError(code, "cudaErrorSomething while loading the kernel")
 
     plan = fused_opt._plan.Plan()
-    plan._native = types.SimpleNamespace(run=run)
     with pytest.raises(RuntimeError) as caught:
-        plan._run_cuda(1)
+        plan._launch(1, run)
     message = str(caught.value)
     assert message.startswith("cudaErrorSomething while loading the kernel. ")
     assert "GPU number 1 (cuda:1) is of architecture 121" in message

@@ -23,7 +23,7 @@ from reference import (
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
-from fused_opt import _C, EMA, SGD
+from fused_opt import _C, EMA, SGD, clip_grad_norm_
 from fused_opt._masters import exact_value, store_
 from fused_opt.functional import sgd_step_
 
@@ -406,6 +406,28 @@ def test_the_average_follows_the_master_without_a_gradient_too(mode: Any) -> Non
     params[0].grad = None
     optimizer.step()
     assert_ema_update(0.5, shadow, follows, ema.shadows["0"])
+
+
+@cases
+def test_clipping_goes_with_a_refinement(
+    mode: Any, dtype: torch.dtype, device: torch.device
+) -> None:
+    params, twins = (make_params(SHAPES, dtype, device) for _ in range(2))
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "master_weights": mode}
+    ours = SGD(params, max_grad_norm=0.5, **options)
+    clipped = SGD(twins, state_dtype=None, **options)
+    for step in range(3):
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            p.grad_dtype = q.grad_dtype = torch.float32
+            p.grad = random_tensor(p.shape, torch.float32, device, seed=10 * step + i)
+            q.grad = p.grad.clone()
+        norm = clip_grad_norm_(twins, 0.5)
+        assert norm > 0.5
+        ours.step()
+        clipped.step()
+        assert_same_bits(ours.grad_norm, norm)
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(exact(ours, p), exact(clipped, q), rtol=1e-5, atol=1e-5)
 
 
 # --- where the kernels do not reach

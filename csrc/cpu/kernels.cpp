@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../rules/ema.h"
+#include "../rules/norm.h"
 #include "../rules/sgd.h"
 #include "dtypes.h"
 
@@ -12,6 +13,7 @@ namespace fused_opt::cpu {
 namespace {
 
 using rules::EmaRule;
+using rules::NormRule;
 using rules::SgdRule;
 
 // How far ahead to fetch. The hardware prefetchers stop at page ends and lose track of seven
@@ -273,18 +275,72 @@ void step_chunk(const TensorRow& row, const Group& group, int64_t begin, int64_t
   if (i < end) step_tile<SomeWeights>(sgd, ema, {row, i, int(end - i)}, group.reset_grads);
 }
 
-// The loops for the kind of parameters that a row has.
-ChunkKernel loops_for(const TensorRow& row) {
-  if (row.dtype[kParam] == DType::kFloat64) return step_chunk<Weights<double>, double>;
-  if (row.data[kRefinement] == nullptr) return step_chunk<Weights<float>, float>;
+// Calls body with the gradients of one tile after the other, and with its place in the row.
+template <typename T, typename Body>
+FUSED_OPT_HD void for_grad_tiles(const TensorRow& row, int64_t begin, int64_t end, Body body) {
+  const auto visit = [&](const Place& place) {
+    Tile<T> grad(place, kGrad);
+    grad.load();
+    body(grad, place);
+  };
+  int64_t i = begin;
+  for (; i + kTile <= end; i += kTile) visit({row, i, kTile});
+  if (i < end) visit({row, i, int(end - i)});
+}
+
+template <typename T>
+double norm_chunk(const TensorRow& row, bool infinity, int64_t begin, int64_t end) {
+  constexpr int kLanes = rules::kLanes<T>;
+  const NormRule<T> rule = {infinity};
+  alignas(64) T lanes[kLanes];
+  const int used = int(end - begin < kLanes ? end - begin : kLanes);
+  std::memset(lanes, 0, used * sizeof(T));
+  for_grad_tiles<T>(row, begin, end, [&](Tile<T>& grad, const Place& place) {
+    const T* g = grad.values();
+    T* own = lanes + (place.first - begin) % kLanes;
+#pragma omp simd
+    for (int i = 0; i < place.count; ++i) rule.add(own[i], g[i]);
+  });
+  rule.template fold<kLanes>(lanes, used);
+  return lanes[0];
+}
+
+template <typename T>
+void scale_chunk(const TensorRow& row, T coefficient, int64_t begin, int64_t end) {
+  for_grad_tiles<T>(row, begin, end, [&](Tile<T>& grad, const Place& place) {
+    T* g = grad.values();
+#pragma omp simd
+    for (int i = 0; i < place.count; ++i) g[i] *= coefficient;
+    grad.store();
+  });
+}
+
+// By the kind of parameters that the row has.
+void step(const TensorRow& row, const Group& group, int64_t begin, int64_t end) {
+  if (row.dtype[kParam] == DType::kFloat64) {
+    return step_chunk<Weights<double>, double>(row, group, begin, end);
+  }
+  if (row.data[kRefinement] == nullptr) {
+    return step_chunk<Weights<float>, float>(row, group, begin, end);
+  }
   switch (row.dtype[kRefinement]) {
     case DType::kFloat32:
-      return step_chunk<MasterWeights, float>;
+      return step_chunk<MasterWeights, float>(row, group, begin, end);
     case DType::kInt16:
-      return step_chunk<SplitWeights, float>;
+      return step_chunk<SplitWeights, float>(row, group, begin, end);
     default:
-      return step_chunk<CompensatedWeights, float>;
+      return step_chunk<CompensatedWeights, float>(row, group, begin, end);
   }
+}
+
+double norm(const TensorRow& row, bool infinity, int64_t begin, int64_t end) {
+  if (row.dtype[kGrad] == DType::kFloat64) return norm_chunk<double>(row, infinity, begin, end);
+  return norm_chunk<float>(row, infinity, begin, end);
+}
+
+void scale(const TensorRow& row, double coefficient, int64_t begin, int64_t end) {
+  if (row.dtype[kGrad] == DType::kFloat64) return scale_chunk(row, coefficient, begin, end);
+  scale_chunk(row, float(coefficient), begin, end);
 }
 
 }  // namespace
@@ -293,10 +349,6 @@ ChunkKernel loops_for(const TensorRow& row) {
 #define FUSED_OPT_CONCAT_(a, b) a##b
 #define FUSED_OPT_CONCAT(a, b) FUSED_OPT_CONCAT_(a, b)
 
-extern "C" void FUSED_OPT_CONCAT(fused_opt_kernels_, FUSED_OPT_ISA)(const fused_opt::TensorRow& row,
-                                                                    const fused_opt::Group& group,
-                                                                    int64_t begin, int64_t end) {
-  using namespace fused_opt;
-  using namespace fused_opt::cpu;
-  loops_for(row)(row, group, begin, end);
+extern "C" fused_opt::cpu::Kernels FUSED_OPT_CONCAT(fused_opt_kernels_, FUSED_OPT_ISA)() {
+  return {fused_opt::cpu::step, fused_opt::cpu::norm, fused_opt::cpu::scale};
 }

@@ -9,16 +9,20 @@
 
 namespace fused_opt::cpu {
 
-// Updates elements [begin, end) of a row.
-using ChunkKernel = void (*)(const TensorRow& row, const Group& group, int64_t begin, int64_t end);
+// Each works on elements [begin, end) of a row.
+struct Kernels {
+  // Updates all streams.
+  void (*step)(const TensorRow& row, const Group& group, int64_t begin, int64_t end);
+  // What the elements of the gradient, one chunk of rules/norm.h, add to its norm.
+  double (*norm)(const TensorRow& row, bool infinity, int64_t begin, int64_t end);
+  // Multiplies the gradient.
+  void (*scale)(const TensorRow& row, double coefficient, int64_t begin, int64_t end);
+};
 
 }  // namespace fused_opt::cpu
 
 extern "C" {
-void fused_opt_kernels_baseline(const fused_opt::TensorRow&, const fused_opt::Group&, int64_t,
-                                int64_t);
-void fused_opt_kernels_x86_64_v3(const fused_opt::TensorRow&, const fused_opt::Group&, int64_t,
-                                 int64_t);
-void fused_opt_kernels_x86_64_v4(const fused_opt::TensorRow&, const fused_opt::Group&, int64_t,
-                                 int64_t);
+fused_opt::cpu::Kernels fused_opt_kernels_baseline();
+fused_opt::cpu::Kernels fused_opt_kernels_x86_64_v3();
+fused_opt::cpu::Kernels fused_opt_kernels_x86_64_v4();
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "../rules/norm.h"
 #include "kernels.h"
 
 namespace fused_opt::cpu {
@@ -12,17 +13,17 @@ namespace {
 
 struct IsaLevel {
   const char* name;
-  ChunkKernel kernel;
+  Kernels kernels;
 };
 
 std::vector<IsaLevel> supported_levels() {
-  std::vector<IsaLevel> levels = {{"baseline", fused_opt_kernels_baseline}};
+  std::vector<IsaLevel> levels = {{"baseline", fused_opt_kernels_baseline()}};
 #if FUSED_OPT_ISA_LEVELS > 1
   if (__builtin_cpu_supports("x86-64-v3")) {
-    levels.push_back({"x86-64-v3", fused_opt_kernels_x86_64_v3});
+    levels.push_back({"x86-64-v3", fused_opt_kernels_x86_64_v3()});
   }
   if (__builtin_cpu_supports("x86-64-v4")) {
-    levels.push_back({"x86-64-v4", fused_opt_kernels_x86_64_v4});
+    levels.push_back({"x86-64-v4", fused_opt_kernels_x86_64_v4()});
   }
 #endif
   return levels;
@@ -53,43 +54,99 @@ struct Position {
 // Cuts inside a row keep to whole cache lines, so that threads never write to the same one.
 constexpr int64_t kCutElements = 64;
 
-Position position_of(int64_t cost, const std::vector<int64_t>& cost_before,
-                     const std::vector<TensorRow>& rows) {
-  const auto after = std::upper_bound(cost_before.begin(), cost_before.end(), cost);
-  const size_t row = after - cost_before.begin() - 1;
-  if (row == rows.size()) return {row, 0};
-  const int64_t element = (cost - cost_before[row]) / kCutElements * kCutElements;
-  return {row, std::min(element, rows[row].numel)};
-}
-
-void run(const TensorList& list, Position begin, Position end) {
-  const ChunkKernel kernel = current_level()->kernel;
-  for (size_t r = begin.row; r < list.rows.size() && r <= end.row; ++r) {
-    const TensorRow& row = list.rows[r];
-    const int64_t first = r == begin.row ? begin.element : 0;
-    const int64_t last = r == end.row ? end.element : row.numel;
-    if (first < last) kernel(row, list.groups[row.group], first, last);
+// Shares all rows out among threads. They are cut only at multiples of `cut` elements.
+template <typename Body>
+class Shares {
+ public:
+  Shares(const TensorList& list, int64_t cut, Body body)
+      : rows_(list.rows), cut_(cut), body_(body), cost_before_(rows_.size() + 1, 0) {
+    for (size_t r = 0; r < rows_.size(); ++r) {
+      cost_before_[r + 1] = cost_before_[r] + rows_[r].numel + kRowCost;
+    }
   }
+
+  void run(int threads) const {
+    const int64_t cost = cost_before_.back();
+    threads = int(std::min<int64_t>(threads, cost / kElementsPerThread + 1));
+    if (threads <= 1) return run({0, 0}, {rows_.size(), 0});
+#pragma omp parallel num_threads(threads)
+    {
+      const int thread = omp_get_thread_num();
+      const int team = omp_get_num_threads();  // may be fewer than asked for
+      run(position_of(cost * thread / team), position_of(cost * (thread + 1) / team));
+    }
+  }
+
+ private:
+  Position position_of(int64_t cost) const {
+    const auto after = std::upper_bound(cost_before_.begin(), cost_before_.end(), cost);
+    const size_t row = after - cost_before_.begin() - 1;
+    if (row == rows_.size()) return {row, 0};
+    const int64_t element = (cost - cost_before_[row]) / cut_ * cut_;
+    return {row, std::min(element, rows_[row].numel)};
+  }
+
+  void run(Position begin, Position end) const {
+    for (size_t r = begin.row; r < rows_.size() && r <= end.row; ++r) {
+      const int64_t first = r == begin.row ? begin.element : 0;
+      const int64_t last = r == end.row ? end.element : rows_[r].numel;
+      if (first < last) body_(r, first, last);
+    }
+  }
+
+  const std::vector<TensorRow>& rows_;
+  const int64_t cut_;
+  const Body body_;
+  std::vector<int64_t> cost_before_;
+};
+
+// Sums what the chunks have added to a norm.
+double total(bool infinity, const std::vector<double>& sums) {
+  constexpr int kLanes = rules::kLanes<double>;
+  const rules::NormRule<double> rule = {infinity};
+  double lanes[kLanes] = {};
+  for (size_t i = 0; i < sums.size(); ++i) rule.join(lanes[i % kLanes], sums[i]);
+  rule.fold<kLanes>(lanes, int(std::min<size_t>(sums.size(), kLanes)));
+  return lanes[0];
 }
 
 }  // namespace
 
 void multi_tensor_apply(const TensorList& list, int threads) {
-  std::vector<int64_t> cost_before(list.rows.size() + 1, 0);
-  for (size_t r = 0; r < list.rows.size(); ++r) {
-    cost_before[r + 1] = cost_before[r] + list.rows[r].numel + kRowCost;
-  }
-  const int64_t cost = cost_before.back();
-  threads = int(std::min<int64_t>(threads, cost / kElementsPerThread + 1));
-  if (threads <= 1) return run(list, {0, 0}, {list.rows.size(), 0});
+  const Kernels& kernels = current_level()->kernels;
+  const auto step = [&](size_t r, int64_t begin, int64_t end) {
+    kernels.step(list.rows[r], list.groups[list.rows[r].group], begin, end);
+  };
+  Shares(list, kCutElements, step).run(threads);
+}
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num();
-    const int team = omp_get_num_threads();  // may be fewer than asked for
-    run(list, position_of(cost * thread / team, cost_before, list.rows),
-        position_of(cost * (thread + 1) / team, cost_before, list.rows));
+void grad_norm(const TensorList& grads, const ClipHyper& hyper, int threads, double* result) {
+  const Kernels& kernels = current_level()->kernels;
+  std::vector<int64_t> first_chunk;
+  int64_t chunks = 0;
+  for (const TensorRow& row : grads.rows) {
+    first_chunk.push_back(chunks);
+    chunks += rules::norm_chunks(row.numel);
   }
+  std::vector<double> sums(chunks, 0.0);
+  const auto norm = [&](size_t r, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += rules::kNormChunk) {
+      sums[first_chunk[r] + i / rules::kNormChunk] = kernels.norm(
+          grads.rows[r], hyper.infinity, i, std::min<int64_t>(end, i + rules::kNormChunk));
+    }
+  };
+  Shares(grads, rules::kNormChunk, norm).run(threads);
+  const rules::ClipRule rule(hyper, total(hyper.infinity, sums));
+  result[0] = rule.norm, result[1] = rule.coefficient;
+}
+
+void scale_grads(const TensorList& grads, double coefficient, int threads) {
+  if (coefficient == 1) return;
+  const Kernels& kernels = current_level()->kernels;
+  const auto scale = [&](size_t r, int64_t begin, int64_t end) {
+    kernels.scale(grads.rows[r], coefficient, begin, end);
+  };
+  Shares(grads, kCutElements, scale).run(threads);
 }
 
 std::vector<std::string> isa_levels() {

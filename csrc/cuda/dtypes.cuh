@@ -27,6 +27,8 @@ inline constexpr DType kWide = sizeof(T) == sizeof(double) ? DType::kFloat64 : D
 template <typename T, int N>
 class Pack {
  public:
+  static constexpr int kCount = N;
+
   __device__ __forceinline__ void read(const char* from, DType dtype) {
     if constexpr (N > 1) {
 #pragma unroll

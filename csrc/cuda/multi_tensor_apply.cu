@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "multi_tensor_apply.h"
+#include "norm_kernel.cuh"
 #include "step_kernel.cuh"
 
 namespace fused_opt::cuda {
@@ -34,6 +35,8 @@ void preload(const void* kernel, int device) {
   loaded.insert({kernel, device});
 }
 
+constexpr int64_t kMaxBlocks = 0x7fffffff;  // in a grid
+
 int64_t chunks_of(const TensorRow& row) {
   return (row.numel + kChunkElements - 1) / kChunkElements;
 }
@@ -41,7 +44,7 @@ int64_t chunks_of(const TensorRow& row) {
 template <typename T>
 DeviceGroup<T> device_group(const Group& group) {
   return {rules::SgdRule<T>(group.sgd), rules::EmaRule<T>(group.decay), group.device_lr,
-          group.reset_grads};
+          group.device_clip, group.reset_grads};
 }
 
 // Launches rows in tables of one size, as many rows in each as fit.
@@ -79,8 +82,6 @@ class Launcher {
   }
 
  private:
-  static constexpr int64_t kMaxBlocks = 0x7fffffff;
-
   // The rows of a group follow each other, so only the last slot can be the right one.
   int slot_of(int group) {
     if (group == last_group_) return groups_ - 1;
@@ -133,17 +134,93 @@ void launch(const TensorList& list, int device, cudaStream_t stream) {
   run(Launcher<T, false, Large>(list, device, stream));
 }
 
-}  // namespace
+// Calls launch(table, chunks) with tables of one size, as many gradients in each as fit.
+template <typename Table, typename Launch>
+void for_each_table(const TensorList& grads, Launch launch) {
+  const std::unique_ptr<Table> table(new Table);
+  int64_t chunks = 0;
+  const auto flush = [&] {
+    if (table->rows > 0) launch(*table, chunks);
+    table->rows = 0;
+    chunks = 0;
+  };
+  table->rows = 0;
+  for (const TensorRow& row : grads.rows) {
+    const int64_t more = rules::norm_chunks(row.numel);
+    if (table->rows == Table::kRows || chunks + more > kMaxBlocks) flush();
+    const int r = table->rows++;
+    table->data[r] = row.data[kGrad];
+    table->numel[r] = row.numel;
+    table->first_chunk[r] = uint32_t(chunks);
+    table->dtype[r] = row.dtype[kGrad];
+    chunks += more;
+  }
+  flush();
+}
 
-void multi_tensor_apply(const TensorList& list, int device, void* stream) {
+void launch(const void* kernel, int64_t blocks, void** arguments, int device, cudaStream_t stream) {
+  preload(kernel, device);
+  check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(kThreads), arguments, 0, stream),
+        "launching a kernel on gradients");
+}
+
+template <typename Table>
+void norm_chunks(const TensorList& grads, bool infinity, int device, cudaStream_t stream,
+                 double* sums) {
+  for_each_table<Table>(grads, [&](Table& table, int64_t chunks) {
+    void* arguments[] = {&table, &infinity, &sums};
+    launch(reinterpret_cast<const void*>(norm_kernel<Table>), chunks, arguments, device, stream);
+    sums += chunks;
+  });
+}
+
+template <typename Table>
+void scale_chunks(const TensorList& grads, const double* coefficient, int device,
+                  cudaStream_t stream) {
+  for_each_table<Table>(grads, [&](Table& table, int64_t chunks) {
+    void* arguments[] = {&table, &coefficient};
+    launch(reinterpret_cast<const void*>(scale_kernel<Table>), chunks, arguments, device, stream);
+  });
+}
+
+void check_device(int device) {
   int current = -1;
   check(cudaGetDevice(&current), "asking for the current device");
   if (current != device) {
     throw std::logic_error("the tensors are on cuda:" + std::to_string(device) +
                            ", but the current device is cuda:" + std::to_string(current));
   }
+}
+
+}  // namespace
+
+void multi_tensor_apply(const TensorList& list, int device, void* stream) {
+  check_device(device);
   launch<float>(list, device, static_cast<cudaStream_t>(stream));
   launch<double>(list, device, static_cast<cudaStream_t>(stream));
+}
+
+void grad_norm(const TensorList& grads, const ClipHyper& hyper, int device, void* stream,
+               double* result) {
+  check_device(device);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const bool small = grads.rows.size() <= SmallGradTable::kRows;
+  double* sums = result + 2;
+  int64_t chunks = 0;
+  for (const TensorRow& row : grads.rows) chunks += rules::norm_chunks(row.numel);
+  (small ? norm_chunks<SmallGradTable> : norm_chunks<LargeGradTable>)(grads, hyper.infinity, device,
+                                                                      queue, sums);
+  ClipHyper copy = hyper;
+  void* arguments[] = {&sums, &chunks, &copy, &result};
+  launch(reinterpret_cast<const void*>(clip_kernel), 1, arguments, device, queue);
+}
+
+void scale_grads(const TensorList& grads, const double* coefficient, int device, void* stream) {
+  check_device(device);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const bool small = grads.rows.size() <= SmallGradTable::kRows;
+  (small ? scale_chunks<SmallGradTable> : scale_chunks<LargeGradTable>)(grads, coefficient, device,
+                                                                        queue);
 }
 
 }  // namespace fused_opt::cuda

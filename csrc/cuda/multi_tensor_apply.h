@@ -18,6 +18,14 @@ struct CudaError : std::runtime_error {
 // current device. Does not allocate, copy or synchronise: legal while a graph is captured.
 void multi_tensor_apply(const TensorList& list, int device, void* stream);
 
+// Enqueues the norm of all gradients and the coefficient that clips them (rules/norm.h), which go
+// to result[0] and [1] in device memory; one double for each chunk must follow.
+void grad_norm(const TensorList& grads, const ClipHyper& hyper, int device, void* stream,
+               double* result);
+
+// Enqueues the product of every gradient and *coefficient; nothing is written where that is 1.
+void scale_grads(const TensorList& grads, const double* coefficient, int device, void* stream);
+
 // What one block updates: enough that finding its row costs nothing beside its bytes, small enough
 // that a model fills the last wave of blocks.
 inline constexpr int64_t kChunkElements = 8192;

@@ -18,7 +18,9 @@ template <typename T>
 struct DeviceGroup {
   rules::SgdRule<T> sgd;
   rules::EmaRule<T> ema;
-  const double* device_lr;  // overrides the rule's learning rate if not null
+  // If not null, they override the rule's learning rate and clipping coefficient.
+  const double* device_lr;
+  const double* device_clip;
   bool reset_grads;
 };
 
@@ -260,6 +262,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<kMixed>)
   const Row<T, kMixed> row(table, index);
   DeviceGroup<T> group = table.groups[table.group[index]];
   if (group.device_lr) group.sgd.set_lr(T(*group.device_lr));
+  if (group.device_clip) group.sgd.set_clip(*group.device_clip);
 
   const int64_t chunk = blockIdx.x - table.first_chunk[index];
   constexpr int kInVector = kVectorBytes / int(sizeof(T));

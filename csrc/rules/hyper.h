@@ -11,10 +11,18 @@ struct SgdHyper {
   double dampening = 0;
   double weight_decay = 0;
   double grad_scale = 1;  // the gradients are this many times too large
+  double clip = 1;        // and are multiplied by this, the coefficient of ClipRule
   bool nesterov = false;
   bool maximize = false;
   bool decoupled_weight_decay = false;  // shrinks the parameter itself, not through the gradient
   Formulation formulation = Formulation::kTorch;
+};
+
+// How a step is clipped.
+struct ClipHyper {
+  double max_norm = 0;
+  double grad_scale = 1;  // the gradients are this many times too large
+  bool infinity = false;  // the norm is the largest magnitude, not the root of the sum of squares
 };
 
 }  // namespace fused_opt

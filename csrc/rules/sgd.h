@@ -14,8 +14,8 @@ inline namespace FUSED_OPT_ISA {
 //     u  = update_gain d + momentum v'   if nesterov, else v'
 //     p' = retained p + step_size u
 //
-// with gradient_gain = 1 / grad_scale, negative to maximize, and the gains that make it one of two
-// formulations (tau is the dampening):
+// with gradient_gain = clip / grad_scale, negative to maximize, and the gains that make it one of
+// two formulations (tau is the dampening):
 //
 //                     velocity_gain      update_gain    step_size
 //     torch           1 - tau            1              -lr
@@ -26,6 +26,7 @@ inline namespace FUSED_OPT_ISA {
 // no bit of p.
 template <typename T>
 struct SgdRule {
+  double unclipped_gain;
   T gradient_gain, weight_decay, momentum, undamped;  // undamped = 1 - dampening
   T decoupled_weight_decay;
   T velocity_gain, update_gain, step_size, plain_step_size, retained;
@@ -34,17 +35,21 @@ struct SgdRule {
   SgdRule() = default;
 
   explicit SgdRule(const SgdHyper& hyper)
-      : gradient_gain(T((hyper.maximize ? -1 : 1) / hyper.grad_scale)),
+      : unclipped_gain((hyper.maximize ? -1 : 1) / hyper.grad_scale),
         weight_decay(T(hyper.decoupled_weight_decay ? 0 : hyper.weight_decay)),
         momentum(T(hyper.momentum)),
         undamped(T(1 - hyper.dampening)),
         decoupled_weight_decay(T(hyper.decoupled_weight_decay ? hyper.weight_decay : 0)),
         nesterov(hyper.nesterov),
         sutskever(hyper.formulation == Formulation::kSutskever) {
+    set_clip(hyper.clip);
     set_lr(T(hyper.lr));
   }
 
-  // Also called on the device, where the learning rate may live in device memory.
+  // Both are also called on the device, where the coefficient and the learning rate may live in
+  // device memory.
+  FUSED_OPT_HD void set_clip(double clip) { gradient_gain = T(unclipped_gain * clip); }
+
   FUSED_OPT_HD void set_lr(T lr) {
     velocity_gain = sutskever ? -lr * undamped : undamped;
     update_gain = sutskever ? -lr : T(1);
