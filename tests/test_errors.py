@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import re
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -722,7 +723,7 @@ def test_a_driver_too_old_for_the_runtime_is_told_which_one_to_get(monkeypatch):
 def test_cuda_tensors_and_a_cpu_only_module_end_in_the_command_that_builds(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(fused_opt._C, "cuda_version", None)
+    monkeypatch.setattr(fused_opt._native.native(), "cuda_version", None)
     plan = fused_opt._plan.Plan()
     plan._native = types.SimpleNamespace(check=lambda: None, devices=lambda: [-1, 0])
     with pytest.raises(RuntimeError, match=r"without CUDA kernels.*FUSED_OPT_CUDA_ARCHS=90 .*pip"):
