@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from .machine import provenance
-from .providers import CLIP_SGD_EMA, SGD, SGD_EMA
+from .providers import OPS
 from .reference import WrongResultError
 from .report import DTYPE_NAMES, append_csv, bandwidth_report, host_report, rows
 from .shapes import SHAPES, load
@@ -19,7 +19,6 @@ from .suite import Case, Table, measure, measure_host
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_SHAPES = ["resnet50", "gpt2", "small"]
-OPS = (SGD, SGD_EMA, CLIP_SGD_EMA)
 QUICK_SHAPES = ["resnet50", "small"]
 ROUNDS, QUICK_ROUNDS = 31, 5
 
@@ -71,6 +70,7 @@ def main(
     if device is Device.CUDA and not torch.cuda.is_available():
         raise typer.BadParameter("torch finds no CUDA device here", param_hint="--device")
     torch.set_num_threads(threads)
+    element = DTYPE_NAMES[dtype.value]
     console, where = Console(), torch.device(device.value)
     origin = provenance(where)
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
@@ -85,12 +85,12 @@ def main(
     console.print(LEGEND)
     try:
         for name in shape_names(shapes or [], quick):
-            for op in OPS:
-                case = Case(op, name, load(name), DTYPE_NAMES[dtype.value], where, threads)
+            for op in (each for each in OPS if each.suits(element)):
+                case = Case(op, name, load(name), element, where, threads)
                 table = measure(case, rounds)
                 console.print(bandwidth_report(table))
                 keep(table)
-        for op in OPS if host else ():
+        for op in (each for each in OPS if host and each.suits(torch.float32)):
             table = measure_host(op, where, threads, rounds)
             console.print(host_report(table))
             keep(table)

@@ -2,7 +2,8 @@
 
 A provider has a name and a `setup(params, grads)` that returns a `Step`. All run momentum SGD with
 weight decay; with an EMA, torch follows the step with the fastest averaging that it offers. In the
-whole tail of a training step, gradients are clipped before it and filled with 0 after it.
+whole tail of a training step, gradients are clipped before it and filled with 0 after it. With
+masters, half-precision parameters are the rounding of float32 weights that the step updates.
 """
 
 from __future__ import annotations
@@ -25,28 +26,38 @@ MAX_NORM = 1.0  # far below the norm of the gradients: all are scaled
 
 @dataclass(frozen=True)
 class Op:
-    """What is timed: SGD alone, with the update of an EMA shadow, or with that and clipping."""
+    """What is timed: SGD alone, with the update of an EMA shadow, or with more than that."""
 
     name: str
     ema: bool
     clip: bool = False  # by the norm before the step, and gradients filled with 0 after it
+    master: bool = False  # of half-precision parameters: float32, as the momentum beside it
+
+    def suits(self, dtype: torch.dtype) -> bool:
+        """Tells whether parameters of that dtype can be updated so."""
+        return dtype.itemsize == 2 or not self.master
 
     def state_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes kept per parameter: parameter and momentum, and the shadow (never below fp32)."""
-        return 2 * dtype.itemsize + (max(4, dtype.itemsize) if self.ema else 0)
+        """Bytes kept per parameter: parameter and momentum, shadow and master (these fp32)."""
+        wide = torch.float32.itemsize
+        momentum = wide if self.master else dtype.itemsize
+        return dtype.itemsize + momentum + wide * (self.ema + self.master)
 
     def moved_bytes(self, dtype: torch.dtype) -> int:
         """Bytes per parameter that must move: state both ways, the gradient once.
 
         Clipping reads the gradient once more, since the norm is needed first, and a reset writes
-        it.
+        it. Beside a master the parameter is only written.
         """
-        return 2 * self.state_bytes(dtype) + (3 if self.clip else 1) * dtype.itemsize
+        param_reads = dtype.itemsize if self.master else 0
+        return 2 * self.state_bytes(dtype) + (3 if self.clip else 1) * dtype.itemsize - param_reads
 
 
 SGD = Op("SGD", ema=False)
 SGD_EMA = Op("SGD + EMA", ema=True)
 CLIP_SGD_EMA = Op("clip + SGD + EMA + reset", ema=True, clip=True)
+MASTER_SGD_EMA = Op("SGD + EMA, fp32 master", ema=True, master=True)
+OPS = (SGD, SGD_EMA, CLIP_SGD_EMA, MASTER_SGD_EMA)
 
 
 @dataclass(frozen=True)
@@ -59,11 +70,12 @@ class Step:
     grads: list[Tensor]
     shadows: list[Tensor] = field(default_factory=list)
     grad_norm: Callable[[], Tensor] | None = None  # of the last step, where it is clipped
+    masters: Callable[[], list[Tensor]] | None = None  # whose roundings the parameters are
 
     @property
     def momentum_buffers(self) -> list[Tensor]:
         """The momentum buffers, which exist after the first step."""
-        return [self.optimizer.state[param]["momentum_buffer"] for param in self.params]
+        return [state["momentum_buffer"] for state in self.optimizer.state.values()]
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,7 @@ def fused_opt_sgd(params: list[Tensor], grads: list[Tensor], *, op: Op) -> Step:
         ema=average,
         max_grad_norm=MAX_NORM if op.clip else None,
         reset_grads=op.clip,
+        master_weights="fp32" if op.master else None,
     )
     shadows = list(average.shadows.values()) if average is not None else []
 
@@ -104,8 +117,17 @@ def fused_opt_sgd(params: list[Tensor], grads: list[Tensor], *, op: Op) -> Step:
         assert optimizer.grad_norm is not None
         return optimizer.grad_norm
 
+    def masters() -> list[Tensor]:
+        return [state["master"] for state in optimizer.state.values()]
+
     return Step(
-        optimizer.step, optimizer, parameters, grads, shadows, grad_norm if op.clip else None
+        optimizer.step,
+        optimizer,
+        parameters,
+        grads,
+        shadows,
+        grad_norm if op.clip else None,
+        masters if op.master else None,
     )
 
 
@@ -198,11 +220,71 @@ def torch_tail(
     return replace(step, run=run, grad_norm=lambda: norms[0])
 
 
+def torch_masters(params: list[Tensor], grads: list[Tensor], *, apart: bool) -> Step:
+    """Widens the gradients, steps float32 masters and averages them, rounds the parameters.
+
+    Args:
+        params: The parameters.
+        grads: Their gradients.
+        apart: One tensor after the other, so that its copies stay in cache, instead of one kind of
+            work after the other in multi-tensor calls.
+    """
+    wide = [grad.float() for grad in grads]
+    masters = as_parameters([param.float() for param in params], wide)
+    optimizer = torch.optim.SGD(
+        masters, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    for master in masters:
+        optimizer.state[master]["momentum_buffer"] = torch.zeros_like(master)
+    aliases = [master.detach() for master in masters]
+    shadows = [alias.clone() for alias in aliases]
+    weight = 1 - DECAY
+
+    def together() -> None:
+        torch._foreach_copy_(wide, grads)
+        optimizer.step()
+        torch._foreach_copy_(params, aliases)
+        torch._foreach_lerp_(shadows, aliases, weight)
+
+    rows = list(zip(params, grads, wide, aliases, shadows, strict=True))
+    buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
+
+    def one_by_one() -> None:
+        for (param, grad, copy, master, shadow), buffer in zip(rows, buffers, strict=True):
+            copy.copy_(grad)
+            fused_sgd([master], [copy], [buffer])
+            param.copy_(master)
+            shadow.lerp_(master, weight)
+
+    run = one_by_one if apart else together
+    return Step(run, optimizer, params, grads, shadows, masters=lambda: aliases)
+
+
+# What torch.optim.SGD calls, without its 10 us of Python.
+fused_sgd = partial(
+    torch._fused_sgd_,
+    lr=LR,
+    momentum=MOMENTUM,
+    weight_decay=WEIGHT_DECAY,
+    dampening=0.0,
+    nesterov=False,
+    maximize=False,
+    is_first_step=False,
+)
+
+
 FUSED_IS_WRONG = "refused, wrong for half types on the CPU (pytorch #191763)"
 
 
 def providers(op: Op, device: torch.device, dtype: torch.dtype) -> list[Provider]:
     """Returns the contestants of an op, fused_opt first."""
+    ours = Provider("fused_opt", partial(fused_opt_sgd, op=op), is_torch=False)
+    if op.master:
+        return [
+            ours,
+            Provider("copy + fused + copy + lerp", partial(torch_masters, apart=False)),
+            Provider("the same, tensor by tensor", partial(torch_masters, apart=True)),
+        ]
     half = dtype.itemsize == 2
     refusal = FUSED_IS_WRONG if half and device.type == "cpu" else None
     implementations = {"fused": {"fused": True}, "foreach": {"foreach": True}}
@@ -214,7 +296,7 @@ def providers(op: Op, device: torch.device, dtype: torch.dtype) -> list[Provider
         if half:
             averages[" + float().lerp_"] = float_lerp
 
-    contestants = [Provider("fused_opt", partial(fused_opt_sgd, op=op), is_torch=False)]
+    contestants = [ours]
     for name, options in implementations.items():
         for suffix, average in averages.items():
             kinds: dict[str, Callable[..., Step]] = {f"torch {name}{suffix}": torch_sgd}

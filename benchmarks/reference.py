@@ -77,7 +77,8 @@ def check_step(step: Step, renew: Callable[[], None]) -> None:
     renew()
     for shadow in step.shadows:  # far from its parameter, so that a wrong weight is seen
         shadow.mul_(0.5)
-    p, g, v = samples(step.params), samples(step.grads), samples(step.momentum_buffers)
+    weights = step.masters() if step.masters else step.params
+    p, g, v = samples(weights), samples(step.grads), samples(step.momentum_buffers)
     s = samples(step.shadows) if step.shadows else None
     exact = sum(float(grad.double().square().sum()) for grad in step.grads) ** 0.5
     step.run()
@@ -86,7 +87,9 @@ def check_step(step: Step, renew: Callable[[], None]) -> None:
     roundings = ROUNDINGS + (2 if step.grad_norm else 0)  # of the coefficient and its product
     direction = [MOMENTUM * v, g, WEIGHT_DECAY * p]
     check("momentum", step.momentum_buffers, direction, roundings)
-    check("parameter", step.params, [p, *(-LR * term for term in direction)], roundings)
-    if s is not None:  # the shadow follows the parameter as stored
-        check("shadow", step.shadows, [s, (1 - DECAY) * (samples(step.params) - s)])
+    check("parameter", weights, [p, *(-LR * term for term in direction)], roundings)
+    if step.masters:
+        check("rounding", step.params, [samples(weights)], 1)
+    if s is not None:  # the shadow follows the parameter as stored, or the master
+        check("shadow", step.shadows, [s, (1 - DECAY) * (samples(weights) - s)])
     renew()
