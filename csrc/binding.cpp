@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <sstream>
 #include <unordered_set>
 
@@ -66,10 +67,12 @@ class DictWalk {
 
 // Rows of tensors as Python lists, for the few that Python has to look at.
 struct Rows {
+  py::list ordinals;
   py::list streams[kStreams];
   bool has[kStreams] = {true, true, true, true, true};
 
-  void append(PyObject* const (&tensors)[kStreams]) {
+  void append(PyObject* const (&tensors)[kStreams], uint32_t ordinal) {
+    ordinals.append(ordinal);
     for (int s = 0; s < kStreams; ++s) {
       if (has[s]) streams[s].append(py::handle(tensors[s]));
     }
@@ -78,7 +81,7 @@ struct Rows {
     py::object lists[kStreams];
     for (int s = 0; s < kStreams; ++s) lists[s] = has[s] ? py::object(streams[s]) : py::none();
     return py::make_tuple(lists[kParam], lists[kGrad], lists[kMomentum], lists[kShadow],
-                          lists[kRefinement]);
+                          lists[kRefinement], ordinals);
   }
 };
 
@@ -108,14 +111,14 @@ class PyPlan {
 
   // Adds the parameters of a param group that have a gradient, with the momentum and the refinement
   // that `state` keeps under these keys (None: without it) and their shadow (`shadows` may be
-  // None).
+  // None). They are numbered from `first_ordinal` on, those without a gradient too.
   //
   // Returns (fresh, refused, for_torch, scattered): the rows whose momentum or refinement does not
   // exist yet; those that were checked but not added; and which of the latter are for torch, and
   // which are to be offered again as dense copies.
   py::tuple add_param_group(const py::list& params, const py::dict& state,
                             const py::object& momentum_key, const py::object& refinement_key,
-                            const py::object& shadows, const Group& group) {
+                            const py::object& shadows, uint32_t first_ordinal, const Group& group) {
     static PyObject* const grad_name = PyUnicode_InternFromString("grad");
     const bool has_momentum = !momentum_key.is_none(), has_refinement = !refinement_key.is_none();
     const bool has_shadows = !shadows.is_none();
@@ -137,26 +140,28 @@ class PyPlan {
         if (has_momentum) tensors[kMomentum] = entry_of(param_state, momentum_key.ptr());
         if (has_refinement) tensors[kRefinement] = entry_of(param_state, refinement_key.ptr());
       }
+      const uint32_t ordinal = first_ordinal + uint32_t(i);
       const bool complete = !has_momentum || tensors[kMomentum] != Py_None;
       const Outcome outcome =
-          complete ? add_row(tensors, index, group.reset_grads, false, has_refinement)
+          complete ? add_row(tensors, index, ordinal, group.reset_grads, false, has_refinement)
                    : Outcome::kFresh;
       if (outcome == Outcome::kAdded) continue;
       if (outcome == Outcome::kFresh) {
-        fresh.append(tensors);
+        fresh.append(tensors, ordinal);
         continue;
       }
       (outcome == Outcome::kForTorch ? for_torch : scattered).push_back(refused.streams[0].size());
-      refused.append(tensors);
+      refused.append(tensors, ordinal);
     }
     return py::make_tuple(fresh.tuple(), refused.tuple(), for_torch, scattered);
   }
 
-  // Adds rows as parallel lists. A list may be None, or hold None, where a stream is absent.
-  // Returns the indices of the rows that were checked but not added: those for torch, and those
-  // to be offered again as dense `copies`.
+  // Adds rows as parallel lists. A list may be None, or hold None, where a stream is absent;
+  // without ordinals all are 0. Returns the indices of the rows that were checked but not added:
+  // those for torch, and those to be offered again as dense `copies`.
   py::tuple add(const py::list& params, const py::object& grads, const py::object& momentums,
-                const py::object& shadows, const py::object& refinements, const Group& group,
+                const py::object& shadows, const py::object& refinements,
+                const std::optional<std::vector<uint32_t>>& ordinals, const Group& group,
                 bool copies) {
     PyObject* const lists[kStreams] = {params.ptr(), grads.ptr(), momentums.ptr(), shadows.ptr(),
                                        refinements.ptr()};
@@ -167,7 +172,8 @@ class PyPlan {
       for (int s = 0; s < kStreams; ++s) {
         tensors[s] = lists[s] == Py_None ? Py_None : PyList_GET_ITEM(lists[s], i);
       }
-      const Outcome outcome = add_row(tensors, index, group.reset_grads, copies);
+      const uint32_t ordinal = ordinals ? ordinals->at(i) : 0;
+      const Outcome outcome = add_row(tensors, index, ordinal, group.reset_grads, copies);
       if (outcome == Outcome::kForTorch) for_torch.push_back(i);
       if (outcome == Outcome::kScattered) scattered.push_back(i);
     }
@@ -317,8 +323,8 @@ class PyPlan {
   }
 
   // refines: a half-precision parameter must come with a refinement, or the row is fresh.
-  Outcome add_row(PyObject* const (&tensors)[kStreams], uint16_t group, bool resets, bool copies,
-                  bool refines = false) {
+  Outcome add_row(PyObject* const (&tensors)[kStreams], uint16_t group, uint32_t ordinal,
+                  bool resets, bool copies, bool refines = false) {
     params_.push_back(tensors[kParam]);
     const TensorView* present[kStreams] = {};
     auto reach = TensorReader::Reach::kKernels;
@@ -342,7 +348,7 @@ class PyPlan {
       return Outcome::kForTorch;
     }
     bool added = false;
-    explain([&] { added = plan_.add_row(present, group, copies); });
+    explain([&] { added = plan_.add_row(present, group, ordinal, copies); });
     shadowed_ += added && present[kShadow] != nullptr;
     return added ? Outcome::kAdded : Outcome::kScattered;
   }
@@ -394,7 +400,8 @@ class PyPlan {
 
 Group make_group(double lr, double momentum, double dampening, double weight_decay,
                  double grad_scale, bool nesterov, bool maximize, bool decoupled_weight_decay,
-                 bool sutskever, bool reset_grads, double decay, uintptr_t device_lr) {
+                 bool sutskever, bool reset_grads, double decay, uintptr_t device_lr,
+                 std::optional<std::pair<uint64_t, uint64_t>> rounding) {
   Group group;
   group.sgd.lr = lr;
   group.sgd.momentum = momentum;
@@ -408,6 +415,7 @@ Group make_group(double lr, double momentum, double dampening, double weight_dec
   group.decay = decay;
   group.reset_grads = reset_grads;
   group.device_lr = reinterpret_cast<const double*>(device_lr);
+  if (rounding) group.rounding = {true, rounding->first, rounding->second};
   return group;
 }
 
@@ -442,7 +450,8 @@ PYBIND11_MODULE(_C, module) {
            py::arg("dampening") = 0, py::arg("weight_decay") = 0, py::arg("grad_scale") = 1,
            py::arg("nesterov") = false, py::arg("maximize") = false,
            py::arg("decoupled_weight_decay") = false, py::arg("sutskever") = false,
-           py::arg("reset_grads") = false, py::arg("decay") = 0, py::arg("device_lr") = 0);
+           py::arg("reset_grads") = false, py::arg("decay") = 0, py::arg("device_lr") = 0,
+           py::arg("rounding") = py::none());
 
   py::class_<ClipHyper>(module, "ClipHyper")
       .def(py::init([](double max_norm, double grad_scale, bool infinity) {

@@ -77,7 +77,8 @@ uint16_t Plan::add_group(const Group& group) {
   return uint16_t(groups_.size() - 1);
 }
 
-bool Plan::add_row(const TensorView* const (&views)[kStreams], uint16_t group, bool copies) {
+bool Plan::add_row(const TensorView* const (&views)[kStreams], uint16_t group, uint32_t ordinal,
+                   bool copies) {
   const uint32_t index = rows_++;
   const TensorView& param = *views[kParam];
   for (Stream stream : kBesideParam) {
@@ -87,6 +88,7 @@ bool Plan::add_row(const TensorView* const (&views)[kStreams], uint16_t group, b
   TensorRow row;
   row.numel = param.numel;
   row.group = group;
+  row.ordinal = ordinal;
   // Without a gradient the parameter is only read: the row updates its shadow.
   const auto writes = [&](Stream stream) {
     if (stream == kParam || stream == kRefinement) return views[kGrad] != nullptr;

@@ -17,11 +17,12 @@ class Plan {
   // Returns the index by which rows name the group.
   uint16_t add_group(const Group& group);
 
-  // Adds a parameter with what is updated beside it; absent streams are null pointers. Returns
-  // false, and adds nothing to run, if the streams do not share one dense order of elements: the
-  // caller then offers copies that do, whose memory is new and need not be checked. Throws
-  // RowError if they do not fit together.
-  bool add_row(const TensorView* const (&views)[kStreams], uint16_t group, bool copies = false);
+  // Adds a parameter, known by its ordinal, with what is updated beside it; absent streams are null
+  // pointers. Returns false, and adds nothing to run, if the streams do not share one dense order
+  // of elements: the caller then offers copies that do, whose memory is new and need not be
+  // checked. Throws RowError if they do not fit together.
+  bool add_row(const TensorView* const (&views)[kStreams], uint16_t group, uint32_t ordinal,
+               bool copies = false);
 
   // Adds a gradient that is written by itself. Returns false, and adds nothing to run, if it has
   // gaps: the caller then offers a copy that has none.

@@ -27,6 +27,7 @@ inline constexpr int kStreams = 5;
 struct TensorRow {
   void* data[kStreams] = {};
   int64_t numel = 0;
+  uint32_t ordinal = 0;  // of the parameter among all, which stochastic rounding is keyed by
   DType dtype[kStreams] = {};
   uint16_t group = 0;  // index into TensorList::groups
 };
@@ -34,6 +35,7 @@ struct TensorRow {
 // What all rows of a param group share.
 struct Group {
   SgdHyper sgd;
+  RoundingHyper rounding;
   double decay = 0;          // of the shadow
   bool reset_grads = false;  // fill the gradients with 0 after reading them
   // CUDA: read these from device memory instead of sgd.lr and sgd.clip.

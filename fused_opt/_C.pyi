@@ -35,6 +35,7 @@ class Group:
         reset_grads: bool = False,
         decay: float = 0,
         device_lr: int = 0,
+        rounding: tuple[int, int] | None = None,
     ) -> None: ...
 
 class ClipHyper:
@@ -43,7 +44,7 @@ class ClipHyper:
     ) -> None: ...
 
 _Stream = list[Tensor | None] | None
-_Rows = tuple[list[Tensor], _Stream, _Stream, _Stream, _Stream]
+_Rows = tuple[list[Tensor], _Stream, _Stream, _Stream, _Stream, list[int]]
 
 class Plan:
     def clear(self) -> None: ...
@@ -54,6 +55,7 @@ class Plan:
         momentum_key: str | None,
         refinement_key: str | None,
         shadows: dict[Tensor, Tensor] | None,
+        first_ordinal: int,
         group: Group,
     ) -> tuple[_Rows, _Rows, list[int], list[int]]: ...
     def add(
@@ -63,6 +65,7 @@ class Plan:
         momentums: _Stream,
         shadows: _Stream,
         refinements: _Stream,
+        ordinals: list[int] | None,
         group: Group,
         copies: bool,
     ) -> tuple[list[int], list[int]]: ...

@@ -14,6 +14,7 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from fused_opt._hyper import ClipHyper, SgdHyper, as_scalar
 from fused_opt._masters import exact_value, store_
+from fused_opt._rounding import Rounding, Stream, narrow_, widened
 
 
 def sgd_formula(
@@ -95,26 +96,49 @@ def sgd_step_(
             grad.zero_()
 
 
-def ema_update_(shadows: list[Tensor | None], params: list[Tensor], decay: float) -> None:
+def ema_update_(
+    shadows: list[Tensor | None],
+    params: list[Tensor],
+    decay: float,
+    rounding: Rounding | None = None,
+) -> None:
     """Updates the shadows in place, in their own dtype."""
-    for shadow, param in zip(shadows, params, strict=True):
-        if shadow is not None:
-            shadow.lerp_(param.detach().to(shadow.dtype), 1 - decay)
+    values = widened(shadows, rounding)
+    for value, param in zip(values, params, strict=True):
+        if value is not None:
+            value.lerp_(param.detach().to(value.dtype), 1 - decay)
+    narrow_(shadows, values, rounding, Stream.SHADOW)
 
 
 class Refined:
-    """Parameters as the values that a step updates: the exact ones, where there is a refinement."""
+    """Parameters as the values that a step updates: the exact ones, where there is a refinement.
 
-    def __init__(self, params: list[Tensor], refinements: list[Tensor | None] | None) -> None:
+    Those without one are widened if they are rounded stochastically.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        refinements: list[Tensor | None] | None,
+        rounding: Rounding | None = None,
+    ) -> None:
         self._params = params
         self._refinements = refinements or [None] * len(params)
-        self.values = [
-            param if refinement is None else exact_value(param, refinement).clone()
+        self._rounding = rounding
+        self._plain = [
+            param if refinement is None else None
             for param, refinement in zip(params, self._refinements, strict=True)
+        ]
+        self.values: list[Tensor] = [
+            value if refinement is None else exact_value(param, refinement).clone()
+            for param, value, refinement in zip(
+                params, widened(self._plain, rounding), self._refinements, strict=True
+            )
         ]
 
     def store_(self) -> None:
         """Writes the values back."""
+        narrow_(self._plain, self.values, self._rounding, Stream.PARAM)
         for value, param, refinement in zip(
             self.values, self._params, self._refinements, strict=True
         ):

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fused_opt import _composite
+from fused_opt import _composite, _rounding
 from fused_opt._hyper import ClipHyper, SgdHyper, as_scalar
 from fused_opt._native import native
+from fused_opt._rounding import Rounding
 
 _STREAMS = ("params", "grads", "momentum_buffers", "shadows", "refinements")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -25,13 +26,23 @@ _CPU = -1  # as a device index
 
 
 class Rows(NamedTuple):
-    """Parallel lists. None stands for a stream no row has, and inside one for a row without it."""
+    """Parallel lists. None stands for a stream no row has, and inside one for a row without it.
+
+    Without ``rounding`` all results are rounded to nearest.
+    """
 
     params: list[Tensor]
     grads: list[Tensor] | None
     momentum_buffers: list[Tensor | None] | None
     shadows: list[Tensor | None] | None
     refinements: list[Tensor | None] | None
+    rounding: Rounding | None = None
+
+    @property
+    def offered(self) -> tuple[Any, ...]:
+        """As the native plan takes them."""
+        ordinals = None if self.rounding is None else self.rounding.ordinals
+        return (*self[: len(_STREAMS)], ordinals)
 
     def take(self, indices: list[int]) -> Rows:
         def chosen(stream: list[Any] | None) -> list[Any] | None:
@@ -43,6 +54,7 @@ class Rows(NamedTuple):
             chosen(self.momentum_buffers),
             chosen(self.shadows),
             chosen(self.refinements),
+            None if self.rounding is None else self.rounding.take(indices),
         )
 
 
@@ -90,13 +102,17 @@ class Plan:
         shadows: dict[Tensor, Tensor] | None,
         hyper: SgdHyper,
         decay: float,
+        rounding: Rounding | None = None,
     ) -> Rows:
         """Adds the parameters of a group that have a gradient, and their shadows.
+
+        ``rounding`` holds the ordinals of all parameters of the group, which follow each other.
 
         Returns:
             Those that were not added, because ``state`` does not hold all of theirs yet.
         """
-        group = self._group(params, hyper, decay)
+        group = self._group(params, hyper, decay, rounding)
+        first_ordinal = rounding.ordinals[0] if rounding is not None and params else 0
         fresh, refused, for_torch, scattered = self._checked(
             self._native.add_param_group,
             params,
@@ -104,11 +120,18 @@ class Plan:
             hyper.state_key,
             hyper.refinement_key,
             shadows,
+            first_ordinal,
             group,
         )
+
+        def rows(found: Any) -> Rows:
+            ordinals = found[len(_STREAMS)]
+            own = None if rounding is None else rounding._replace(ordinals=ordinals)
+            return Rows(*found[: len(_STREAMS)])._replace(rounding=own)
+
         if for_torch or scattered:
-            self._add_refused(Rows(*refused), for_torch, scattered, group, hyper, decay, False)
-        return Rows(*fresh)
+            self._add_refused(rows(refused), for_torch, scattered, group, hyper, decay, False)
+        return rows(fresh)
 
     def add_sgd(self, rows: Rows, hyper: SgdHyper, decay: float) -> None:
         """Adds momentum SGD on rows that have all their momentum, and the EMA of their shadows."""
@@ -144,6 +167,7 @@ class Plan:
         shadows: dict[Tensor, Tensor],
         decay: float,
         refinement: Callable[[Tensor], Tensor | None] = lambda _: None,
+        roundings: Callable[[], dict[Tensor, Rounding]] = dict,
     ) -> None:
         """Adds the EMA of all parameters that were not added with their shadow.
 
@@ -151,9 +175,24 @@ class Plan:
             shadows: every shadow, by its parameter.
             decay: of the EMA.
             refinement: what refines a parameter, if anything does.
+            roundings: the parameters whose shadows are rounded stochastically, with the rounding of
+                each; called where there are shadows to add.
         """
         params, left = self._native.untouched(shadows)
-        self.add_ema(params, left, decay, [refinement(param) for param in params])
+        if not params:
+            return
+        rows = Rows(params, None, None, list(left), [refinement(param) for param in params])
+        found = roundings()
+        alike: dict[tuple[int, int] | None, list[int]] = {}
+        for i, param in enumerate(params):
+            own = found.get(param)
+            alike.setdefault(None if own is None else (own.seed, own.step), []).append(i)
+        for key, indices in alike.items():
+            some = rows.take(indices)
+            if key is not None:
+                ordinals = [found[param].ordinals[0] for param in some.params]
+                some = some._replace(rounding=Rounding(*key, ordinals))
+            self._add(some, None, decay, first=False)
 
     def run_ema(
         self,
@@ -290,8 +329,8 @@ class Plan:
     def _add(self, rows: Rows, hyper: SgdHyper | None, decay: float, first: bool) -> None:
         if not rows.params:
             return
-        group = self._group(rows.params, hyper, decay)
-        for_torch, scattered = self._checked(self._native.add, *rows, group, False)
+        group = self._group(rows.params, hyper, decay, rows.rounding)
+        for_torch, scattered = self._checked(self._native.add, *rows.offered, group, False)
         if for_torch or scattered:
             self._add_refused(rows, for_torch, scattered, group, hyper, decay, first)
 
@@ -308,13 +347,20 @@ class Plan:
         """Adds rows that the kernels do not take as they are: as copies, or to be run by torch."""
         if scattered:
             copies = self._dense_copies(rows.take(scattered), hyper)
-            self._checked(self._native.add, *copies, group, True)
+            self._checked(self._native.add, *copies.offered, group, True)
         if for_torch:
             self._add_for_torch(rows, for_torch, hyper, decay, first)
 
-    def _group(self, params: list[Tensor], hyper: SgdHyper | None, decay: float) -> Any:
+    def _group(
+        self,
+        params: list[Tensor],
+        hyper: SgdHyper | None,
+        decay: float,
+        rounding: Rounding | None,
+    ) -> Any:
+        seed_and_step = None if rounding is None else (rounding.seed, rounding.step)
         if hyper is None:
-            return self._module.Group(decay=decay)
+            return self._module.Group(decay=decay, rounding=seed_and_step)
         lr, device_lr = self._learning_rate(hyper.lr, params)
         return self._module.Group(
             lr=lr,
@@ -329,6 +375,7 @@ class Plan:
             reset_grads=hyper.reset_grads,
             decay=decay,
             device_lr=device_lr,
+            rounding=seed_and_step,
         )
 
     def _learning_rate(self, lr: float | Tensor, params: list[Tensor]) -> tuple[float, int]:
@@ -367,6 +414,7 @@ class Plan:
             dense(rows.momentum_buffers, written=steps),
             dense(rows.shadows, written=True),
             dense(rows.refinements, written=steps),
+            rows.rounding,
         )
 
     def _add_for_torch(
@@ -381,6 +429,7 @@ class Plan:
                     rows.shadows or [],
                     _composite.Refined(rows.params, rows.refinements).values,
                     decay,
+                    rows.rounding,
                 )
             )
             return
@@ -391,15 +440,23 @@ class Plan:
             momentums = [] if rows.momentum_buffers is None else rows.momentum_buffers
             if first:
                 momentums[:] = [None] * len(momentums)  # a sparse gradient has a sparse one
-            refined = _composite.Refined(rows.params, rows.refinements)
+            rounding = rows.rounding
+            refined = _composite.Refined(rows.params, rows.refinements, rounding)
+            wide = _rounding.widened(momentums, rounding)
             clipping = hyper._replace(clip=clip)
-            _composite.sgd_step_(refined.values, rows.grads or [], momentums, clipping)
+            _composite.sgd_step_(refined.values, rows.grads or [], wide, clipping)
             refined.store_()
-            if first and (hyper.state_dtype or hyper.master_weights):
-                momentums[:] = [
-                    None if momentum is None else momentum.to(hyper.momentum_dtype(param))
-                    for param, momentum in zip(rows.params, momentums, strict=True)
+            if not first:
+                _rounding.narrow_(momentums, wide, rounding, _rounding.Stream.MOMENTUM)
+            elif hyper.state_dtype or hyper.master_weights or rounding:
+                momentums = [
+                    None
+                    if new is None
+                    else _rounding.narrowed(new, hyper.momentum_dtype(param), rounding, k)
+                    for k, (param, new) in enumerate(zip(rows.params, wide, strict=True))
                 ]
+            else:
+                momentums = wide
             if all_rows.momentum_buffers is not None:
                 for index, momentum in zip(indices, momentums, strict=True):
                     all_rows.momentum_buffers[index] = momentum
@@ -423,7 +480,7 @@ class Plan:
                 f"{self._subject('params', param)}: expected state_dtype None with a complex "
                 f"parameter, got {hyper.state_dtype}"
             )
-        for name, stream in zip(_STREAMS[1:], row[1:], strict=True):
+        for name, stream in zip(_STREAMS[1:], row[1 : len(_STREAMS)], strict=True):
             tensor = None if stream is None else stream[0]
             if tensor is None:
                 continue

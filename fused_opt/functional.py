@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_opt._hyper import SgdHyper, check_decay, check_formulation, check_state_dtype
 from fused_opt._plan import Rows, thread_plan
+from fused_opt._rounding import Rounding, check_uint64
 
 
 @torch.no_grad()
@@ -34,6 +35,7 @@ def sgd_step_(
     shadows: Sequence[Tensor | None] | None = None,
     decay: float | None = None,
     refinements: Sequence[Tensor | None] | None = None,
+    rounding: tuple[int, int] | None = None,
 ) -> None:
     r"""One step of momentum SGD on every parameter, and of its EMA, in one pass over memory.
 
@@ -71,6 +73,10 @@ def sgd_step_(
             int16 residual of one (bfloat16 only), or a compensation in the parameter's dtype; see
             ``master_weights`` of :class:`fused_opt.SGD`. None in the list leaves a parameter
             without one.
+        rounding: a seed and the count of the step, integers in [0, 2**64): bfloat16 and float16
+            parameters without a refinement, buffers and shadows are rounded stochastically, by
+            numbers that depend on both and on the parameter's place in the list; see
+            ``stochastic_rounding`` of :class:`fused_opt.SGD`. None rounds to nearest.
 
     Raises:
         ValueError: a list of another length, tensors that differ in shape or device or share
@@ -110,6 +116,11 @@ def sgd_step_(
         check_decay(decay)
     if refinements is not None:
         _check_length("refinements", refinements, params)
+    if rounding is not None:
+        if not isinstance(rounding, tuple) or len(rounding) != 2:
+            raise ValueError(f"rounding: expected None or (seed, step), got {rounding!r}")
+        check_uint64(rounding[0], "rounding seed")
+        check_uint64(rounding[1], "rounding step")
 
     rows = Rows(
         list(params),
@@ -117,6 +128,7 @@ def sgd_step_(
         list(momentum_buffers or ()) if has_momentum else None,
         None if shadows is None else list(shadows),
         None if refinements is None else list(refinements),
+        None if rounding is None else Rounding(*rounding, range(len(params))),
     )
     first = [i for i, momentum in enumerate(rows.momentum_buffers or ()) if momentum is None]
     later = [i for i in range(len(params)) if i not in set(first)] if first else None

@@ -24,6 +24,7 @@ from fused_opt._hyper import (
 )
 from fused_opt._masters import converted_refinement, new_refinement, store_
 from fused_opt._plan import Clip, Plan, Rows
+from fused_opt._rounding import Rounding, check_uint64
 from fused_opt.ema import EMA
 
 if TYPE_CHECKING:
@@ -94,6 +95,15 @@ class SGD(torch.optim.SGD):
             parameter's dtype. Beside a master the momentum is float32 unless ``state_dtype`` says
             otherwise, and the EMA follows the master. Master and residual round bfloat16 ties away
             from zero, which can be undone.
+        stochastic_rounding: rounds bfloat16 and float16 parameters without a refinement, momentum
+            and shadows up or down with the odds that keep the mean, so that small steps add up
+            without more state. The random numbers depend on ``rounding_seed``, the steps that the
+            group has taken (``rounding_steps`` in ``param_groups``, saved with it), the parameter's
+            place in ``param_groups``, and the element's in memory: any number of threads and any
+            device give the same bits, and a checkpoint resumes them. From the largest finite number
+            on, rounding is to nearest.
+        rounding_seed: in [0, 2**64). The same for all by default, so that replicas of a model that
+            see the same gradients stay the same.
         max_grad_norm: clips the gradients to this 2-norm, taken over all param groups, which must
             agree on it: as ``clip_grad_norm_`` before the step, but the step multiplies each
             gradient as it reads it, and none is written. The norm, in :attr:`grad_norm`, takes one
@@ -101,10 +111,10 @@ class SGD(torch.optim.SGD):
 
     Raises:
         ValueError: as ``torch.optim.SGD``, with its messages; an unknown formulation,
-            ``state_dtype`` or ``master_weights``; a ``max_grad_norm`` that is not above 0 or
-            differs between groups; an ``ema`` that is attached to another optimizer. ``step``:
-            gradients or state that do not fit their parameter, tensors that share memory. Nothing
-            has changed.
+            ``state_dtype`` or ``master_weights``; a ``rounding_seed`` out of range; a
+            ``max_grad_norm`` that is not above 0 or differs between groups; an ``ema`` that is
+            attached to another optimizer. ``step``: gradients or state that do not fit their
+            parameter, tensors that share memory. Nothing has changed.
         RuntimeError: ``step``: the EMA's shadows are applied, or CUDA fails.
 
     Example:
@@ -146,6 +156,8 @@ class SGD(torch.optim.SGD):
         reset_grads: bool = False,
         state_dtype: torch.dtype | None = None,
         master_weights: Literal["fp32", "split", "kahan"] | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
         max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(
@@ -166,12 +178,17 @@ class SGD(torch.optim.SGD):
             raise ValueError("state_dtype would round the momentum that differentiable needs")
         if differentiable and master_weights is not None:
             raise ValueError("master_weights would hide the parameters that differentiable needs")
+        if differentiable and stochastic_rounding:
+            raise ValueError("stochastic_rounding has no gradient, which differentiable needs")
         self.defaults.update(
             formulation=formulation,
             decoupled_weight_decay=decoupled_weight_decay,
             reset_grads=reset_grads,
             state_dtype=state_dtype,
             master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+            rounding_steps=0,
             max_grad_norm=max_grad_norm,
         )
         self._complete_groups()
@@ -185,6 +202,7 @@ class SGD(torch.optim.SGD):
             check_formulation(group["formulation"])
             check_state_dtype(group["state_dtype"])
             check_master_weights(group["master_weights"])
+            _check_rounding(group)
         self._max_grad_norm()
 
     def _max_grad_norm(self) -> float | None:
@@ -256,6 +274,7 @@ class SGD(torch.optim.SGD):
             check_formulation(param_group.get("formulation", "torch"))
             check_state_dtype(param_group.get("state_dtype"))
             check_master_weights(param_group.get("master_weights"))
+            _check_rounding({**_OWN_OPTIONS, **param_group})
             if "max_grad_norm" in self.defaults:  # not while the constructor adds its groups
                 known = self.param_groups[0]
                 param_group.setdefault("max_grad_norm", known["max_grad_norm"])
@@ -359,13 +378,18 @@ class SGD(torch.optim.SGD):
         plan.clear(self._subject)
         started: list[tuple[Rows, SgdHyper]] = []
         try:
-            for group in self.param_groups:
+            roundings = self._roundings()
+            for group, rounding in zip(self.param_groups, roundings, strict=True):
                 hyper = SgdHyper.of_group(group, grad_scale)
-                new = plan.add_param_group(group["params"], self.state, shadows, hyper, decay)
+                new = plan.add_param_group(
+                    group["params"], self.state, shadows, hyper, decay, rounding
+                )
                 if new.params:
                     started += [(rows, hyper) for rows in self._start_state(new, hyper, decay)]
             if shadows is not None:
-                plan.add_remaining_ema(shadows, decay, self._refinement)
+                plan.add_remaining_ema(
+                    shadows, decay, self._refinement, lambda: self._rounding_of(shadows, roundings)
+                )
             if max_norm is not None:
                 plan.check()
                 clip = self._take_norm(max_norm, grad_scale)
@@ -373,12 +397,56 @@ class SGD(torch.optim.SGD):
         finally:
             plan.clear(self._subject)
         self._clip = clip
+        self._count_roundings()
         for rows, hyper in started:
             for i, param in enumerate(rows.params):
                 if rows.momentum_buffers is not None:
                     self._keep_momentum(param, rows.momentum_buffers[i], hyper.formulation)
                 if rows.refinements is not None:
                     self._keep_refinement(param, rows.refinements[i], hyper.refinement_key)
+
+    def _roundings(self) -> list[Rounding | None]:
+        """How each group rounds; None is to nearest. Parameters count through all groups."""
+        roundings: list[Rounding | None] = []
+        first = 0
+        for group in self.param_groups:
+            _check_rounding(group)
+            last = first + len(group["params"])
+            rounding = Rounding(group["rounding_seed"], group["rounding_steps"], range(first, last))
+            roundings.append(rounding if group["stochastic_rounding"] else None)
+            first = last
+        return roundings
+
+    def _count_roundings(self) -> None:
+        """Counts a step that was taken, for groups that round by the count."""
+        for group in self.param_groups:
+            if group["stochastic_rounding"]:
+                group["rounding_steps"] += 1
+
+    def _rounding_of(
+        self, shadows: dict[Tensor, Tensor], roundings: list[Rounding | None]
+    ) -> dict[Tensor, Rounding]:
+        """How the shadow of each parameter is rounded that this step does not change.
+
+        Like the parameter; those of no group, which are numbered after all others in the order of
+        the EMA, as the first group does that rounds stochastically.
+        """
+        found = next((rounding for rounding in roundings if rounding is not None), None)
+        if found is None:
+            return {}
+        params = [param for group in self.param_groups for param in group["params"]]
+        own = dict.fromkeys(params)
+        count = len(params)
+        rounding_of = {
+            param: found._replace(ordinals=[count + i])
+            for i, param in enumerate(shadows)
+            if param not in own
+        }
+        for group, rounding in zip(self.param_groups, roundings, strict=True):
+            if rounding is not None:
+                for param, ordinal in zip(group["params"], rounding.ordinals, strict=True):
+                    rounding_of[param] = rounding._replace(ordinals=[ordinal])
+        return rounding_of
 
     def _start_state(self, new: Rows, hyper: SgdHyper, decay: float) -> list[Rows]:
         """Plans the step of rows whose state is not complete, and returns them with it.
@@ -495,8 +563,16 @@ _OWN_OPTIONS = {
     "reset_grads": False,
     "state_dtype": None,
     "master_weights": None,
+    "stochastic_rounding": False,
+    "rounding_seed": 0,
+    "rounding_steps": 0,
     "max_grad_norm": None,
 }
+
+
+def _check_rounding(group: dict[str, Any]) -> None:
+    for option in ("rounding_seed", "rounding_steps"):
+        check_uint64(group[option], option)
 
 
 def _common_max_grad_norm(groups: list[dict[str, Any]]) -> float | None:

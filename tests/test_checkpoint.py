@@ -157,6 +157,9 @@ def test_state_is_laid_out_as_torchs():
         "reset_grads",
         "state_dtype",
         "master_weights",
+        "stochastic_rounding",
+        "rounding_seed",
+        "rounding_steps",
         "max_grad_norm",
     }
     assert set(b["param_groups"][0]) <= set(a["param_groups"][0])

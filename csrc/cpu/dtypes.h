@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -11,6 +10,7 @@
 
 #include "../rules/host_device.h"
 #include "../rules/master.h"
+#include "../rules/rounding.h"
 
 namespace fused_opt::cpu {
 namespace {
@@ -25,17 +25,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-FUSED_OPT_HD uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-FUSED_OPT_HD float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
+using rules::bits_of;
+using rules::float_of;
 
 // Types are converted a tile at a time, in loops of their own: mixed into the loop of a rule g++
 // vectorises them badly (bf16) or not at all (fp16).
@@ -163,6 +154,22 @@ FUSED_OPT_HD void narrow_tile(const float* from, Float16* to) {
   }
 }
 #endif
+
+// Rounds floats to numbers that a half type holds exactly, which the conversions above then keep.
+// Never inlined: it is long, and a step that rounds to nearest keeps its short loops.
+
+FUSED_OPT_HD float rounded(float value, uint32_t random, BFloat16) {
+  return rules::round_to_bfloat16(value, random);
+}
+FUSED_OPT_HD float rounded(float value, uint32_t random, Float16) {
+  return rules::round_to_float16(value, random);
+}
+
+template <typename E>
+__attribute__((noinline)) void round_tile(float* values, rules::RoundingKey key, uint32_t offset) {
+#pragma omp simd
+  for (int i = 0; i < kTile; ++i) values[i] = rounded(values[i], key.random(offset + i), E{});
+}
 
 // The same for a bfloat16 parameter beside its master, whole or in two halves.
 

@@ -6,6 +6,7 @@
 
 #include "../rules/ema.h"
 #include "../rules/norm.h"
+#include "../rules/rounding.h"
 #include "../rules/sgd.h"
 #include "dtypes.h"
 
@@ -14,6 +15,7 @@ namespace {
 
 using rules::EmaRule;
 using rules::NormRule;
+using rules::RoundingRule;
 using rules::SgdRule;
 
 // How far ahead to fetch. The hardware prefetchers stop at page ends and lose track of seven
@@ -71,7 +73,7 @@ template <typename T>
 class Tile {
  public:
   FUSED_OPT_HD Tile(const Place& place, Stream stream)
-      : data_(place.at(stream)), dtype_(place.dtype(stream)), count_(place.count) {
+      : place_(place), stream_(stream), data_(place.at(stream)), dtype_(place.dtype(stream)) {
     prefetch(data_, kTile * element_size(dtype_));
     values_ = in_place() ? reinterpret_cast<T*>(data_) : buffer_;
   }
@@ -84,8 +86,9 @@ class Tile {
     visit([this](auto full) { widen_tile(full->read(), buffer_); });
   }
 
-  FUSED_OPT_HD void store() {
+  FUSED_OPT_HD void store(const RoundingRule& rounding = {}) {
     if (in_place()) return;
+    if (rounding.stochastic) round(rounding);
     visit([this](auto full) {
       narrow_tile(buffer_, full->write());
       full->done();
@@ -97,30 +100,43 @@ class Tile {
     return dtype_ == (sizeof(T) == sizeof(double) ? DType::kFloat64 : DType::kFloat32);
   }
 
+  FUSED_OPT_HD void round(const RoundingRule& rounding) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const auto key = rounding.key(place_.row.ordinal, stream_, place_.first);
+      const uint32_t offset = uint32_t(place_.first);
+      if (dtype_ == DType::kBFloat16) {
+        round_tile<BFloat16>(buffer_, key, offset);
+      } else {
+        round_tile<Float16>(buffer_, key, offset);
+      }
+    }
+  }
+
   // Calls body with the elements as what they are. plan.cpp has refused all other dtypes.
   template <typename Body>
   FUSED_OPT_HD void visit(Body body) {
     if constexpr (sizeof(T) == sizeof(double)) {
-      FullTile<float> full(data_, count_);
+      FullTile<float> full(data_, place_.count);
       body(&full);
     } else if (dtype_ == DType::kBFloat16) {
-      FullTile<BFloat16> full(data_, count_);
+      FullTile<BFloat16> full(data_, place_.count);
       body(&full);
     } else {
-      FullTile<Float16> full(data_, count_);
+      FullTile<Float16> full(data_, place_.count);
       body(&full);
     }
   }
 
+  const Place place_;
+  const Stream stream_;
   char* data_;
   DType dtype_;
-  int count_;
   T* values_;
   alignas(64) T buffer_[kTile];
 };
 
 // A tile of parameters as the numbers that a step updates: the stored ones or, with a refinement,
-// the exact ones.
+// the exact ones. What a refinement keeps is rounded to nearest.
 template <typename T>
 class Weights {
  public:
@@ -131,8 +147,8 @@ class Weights {
   FUSED_OPT_HD T* values() { return values_; }
 
   // Afterwards the values are what the average follows: the parameters as stored.
-  FUSED_OPT_HD void store() {
-    param_.store();
+  FUSED_OPT_HD void store(const RoundingRule& rounding) {
+    param_.store(rounding);
     if (place_.has(kShadow)) param_.load();
   }
 
@@ -149,7 +165,7 @@ class MasterWeights {
       : place_(place), master_(place, kRefinement), param_(place, kParam) {}
   FUSED_OPT_HD float* values() { return master_.values(); }
 
-  FUSED_OPT_HD void store() {
+  FUSED_OPT_HD void store(const RoundingRule&) {
     FullTile<float> masters(place_.at(kRefinement), place_.count);
     if (place_.dtype(kParam) == DType::kBFloat16) {
       FullTile<BFloat16> params(place_.at(kParam), place_.count);
@@ -179,7 +195,7 @@ class SplitWeights {
   }
   FUSED_OPT_HD float* values() { return masters_; }
 
-  FUSED_OPT_HD void store() {
+  FUSED_OPT_HD void store(const RoundingRule&) {
     split_tile(masters_, params_.write(), residuals_.write());
     params_.done();
     residuals_.done();
@@ -205,7 +221,7 @@ class CompensatedWeights {
   }
   FUSED_OPT_HD float* values() { return param_.values(); }
 
-  FUSED_OPT_HD void store() {
+  FUSED_OPT_HD void store(const RoundingRule&) {
     float *p = param_.values(), *c = compensation_.values();
     std::memcpy(c, p, kTile * sizeof(float));
     param_.store();
@@ -219,62 +235,73 @@ class CompensatedWeights {
   Tile<float> param_, compensation_;
 };
 
+// The rules of a group, in the arithmetic of T.
 template <typename T>
-FUSED_OPT_HD void sgd_tile(const SgdRule<T>& rule, T* params, const Place& place) {
+struct GroupRules {
+  SgdRule<T> sgd;
+  EmaRule<T> ema;
+  RoundingRule rounding;
+  bool reset_grads;
+
+  explicit GroupRules(const Group& group)
+      : sgd(group.sgd),
+        ema(group.decay),
+        rounding(group.rounding),
+        reset_grads(group.reset_grads) {}
+};
+
+template <typename T>
+FUSED_OPT_HD void sgd_tile(const GroupRules<T>& group, T* params, const Place& place) {
   Tile<T> grad(place, kGrad);
   grad.load();
   const T* grads = grad.values();
   if (!place.has(kMomentum)) {
 #pragma omp simd
-    for (int i = 0; i < place.count; ++i) rule.update(params[i], grads[i]);
+    for (int i = 0; i < place.count; ++i) group.sgd.update(params[i], grads[i]);
     return;
   }
   Tile<T> momentum(place, kMomentum);
   momentum.load();
   T* velocities = momentum.values();
 #pragma omp simd
-  for (int i = 0; i < place.count; ++i) rule.update(params[i], grads[i], velocities[i]);
-  momentum.store();
+  for (int i = 0; i < place.count; ++i) group.sgd.update(params[i], grads[i], velocities[i]);
+  momentum.store(group.rounding);
 }
 
 template <typename T>
-FUSED_OPT_HD void ema_tile(const EmaRule<T>& rule, const T* params, const Place& place) {
+FUSED_OPT_HD void ema_tile(const GroupRules<T>& group, const T* params, const Place& place) {
   Tile<T> shadow(place, kShadow);
   shadow.load();
   T* shadows = shadow.values();
 #pragma omp simd
-  for (int i = 0; i < place.count; ++i) rule.update(shadows[i], params[i]);
-  shadow.store();
+  for (int i = 0; i < place.count; ++i) group.ema.update(shadows[i], params[i]);
+  shadow.store(group.rounding);
 }
 
 // Updates a tile. Each loop runs over all of it, and the next one finds it in the L1 cache; over
 // 1024 elements at a time they are 5 % slower, since the fetches of the streams no longer mix, and
 // one loop over all streams is no faster.
 template <typename SomeWeights, typename T>
-FUSED_OPT_HD void step_tile(const SgdRule<T>& sgd, const EmaRule<T>& ema, const Place& place,
-                            bool reset_grads) {
+FUSED_OPT_HD void step_tile(const GroupRules<T>& group, const Place& place) {
   SomeWeights weights(place);
   if (place.has(kGrad)) {
-    sgd_tile(sgd, weights.values(), place);
-    weights.store();
-    if (reset_grads) {
+    sgd_tile(group, weights.values(), place);
+    weights.store(group.rounding);
+    if (group.reset_grads) {
       std::memset(place.at(kGrad), 0, place.count * element_size(place.dtype(kGrad)));
     }
   }
-  if (place.has(kShadow)) ema_tile(ema, weights.values(), place);
+  if (place.has(kShadow)) ema_tile(group, weights.values(), place);
 }
 
 template <typename SomeWeights, typename T>
 FUSED_OPT_HD void step_chunk(const TensorRow& row, const DType* dtypes, const Group& group,
                              int64_t begin, int64_t end) {
-  const SgdRule<T> sgd(group.sgd);
-  const EmaRule<T> ema(group.decay);
+  const GroupRules<T> rules(group);
   int64_t i = begin;
   // Whole tiles, whose count the compiler knows, and then the rest.
-  for (; i + kTile <= end; i += kTile) {
-    step_tile<SomeWeights>(sgd, ema, {row, dtypes, i, kTile}, group.reset_grads);
-  }
-  if (i < end) step_tile<SomeWeights>(sgd, ema, {row, dtypes, i, int(end - i)}, group.reset_grads);
+  for (; i + kTile <= end; i += kTile) step_tile<SomeWeights>(rules, {row, dtypes, i, kTile});
+  if (i < end) step_tile<SomeWeights>(rules, {row, dtypes, i, int(end - i)});
 }
 
 // Calls body with the gradients of one tile after the other, and with its place in the row.

@@ -28,6 +28,7 @@ template <typename T, int N>
 class Pack {
  public:
   static constexpr int kCount = N;
+  static constexpr bool kAlwaysWide = N > 1 && int(sizeof(T)) * N == kVectorBytes;
 
   __device__ __forceinline__ void read(const char* from, DType dtype) {
     if constexpr (N > 1) {
@@ -112,7 +113,6 @@ class Pack {
   static constexpr int kBytes = N * int(sizeof(T));
   static constexpr int kVectors = kBytes / kVectorBytes;
   static constexpr int kWords = kBytes / int(sizeof(uint32_t));
-  static constexpr bool kAlwaysWide = N > 1 && kVectors == 1;
   static_assert(N == 1 || kVectors == 1 || kVectors == 2);
 
   // An element of the type half as wide as T, as an integer.

@@ -43,8 +43,12 @@ int64_t chunks_of(const TensorRow& row) {
 
 template <typename T>
 DeviceGroup<T> device_group(const Group& group) {
-  return {rules::SgdRule<T>(group.sgd), rules::EmaRule<T>(group.decay), group.device_lr,
-          group.device_clip, group.reset_grads};
+  return {rules::SgdRule<T>(group.sgd),
+          rules::EmaRule<T>(group.decay),
+          rules::RoundingRule(group.rounding),
+          group.device_lr,
+          group.device_clip,
+          group.reset_grads};
 }
 
 // Launches rows in tables of one size, as many rows in each as fit.
@@ -62,6 +66,7 @@ class Launcher {
     table_->numel[rows_] = row.numel;
     table_->first_chunk[rows_] = uint32_t(chunks_);
     table_->group[rows_] = uint8_t(slot);
+    if constexpr (Table::kStochastic) table_->ordinal[rows_] = row.ordinal;
     table_->dtypes[rows_] = 0;
     for (int s = 0; s < kStreams; ++s) table_->dtypes[rows_] |= uint16_t(row.dtype[s]) << (3 * s);
     chunks_ += chunks;
@@ -99,6 +104,22 @@ class Launcher {
   int64_t chunks_ = 0;
 };
 
+// Launches rows with the kernel that their dtypes need, in the table that they fill better.
+template <typename T, bool kMixed, bool kStochastic>
+void launch_as(const std::vector<const TensorRow*>& rows, int groups, const TensorList& list,
+               int device, cudaStream_t stream) {
+  const auto run = [&](auto launcher) {
+    for (const TensorRow* row : rows) launcher.add(*row);
+    launcher.flush();
+  };
+  using Small = SmallTable<T, kStochastic>;
+  using Large = LargeTable<T, kStochastic>;
+  if (rows.size() <= Small::kRows && groups <= Small::kGroups) {
+    return run(Launcher<T, kMixed, Small>(list, device, stream));
+  }
+  run(Launcher<T, kMixed, Large>(list, device, stream));
+}
+
 template <typename T>
 bool is_all_wide(const TensorRow& row) {
   for (int s = 0; s < kStreams; ++s) {
@@ -112,26 +133,20 @@ template <typename T>
 void launch(const TensorList& list, int device, cudaStream_t stream) {
   std::vector<const TensorRow*> rows;
   int groups = 0;
-  bool mixed = false;
+  bool mixed = false, stochastic = false;
   for (const TensorRow& row : list.rows) {
     if ((row.dtype[kParam] == DType::kFloat64) != (kWide<T> == DType::kFloat64)) continue;
     groups += rows.empty() || row.group != rows.back()->group;
     mixed = mixed || !is_all_wide<T>(row);
+    stochastic = stochastic || list.groups[row.group].rounding.stochastic;
     rows.push_back(&row);
   }
-  const auto run = [&](auto launcher) {
-    for (const TensorRow* row : rows) launcher.add(*row);
-    launcher.flush();
-  };
-  using Small = SmallTable<T>;
-  using Large = LargeTable<T>;
-  const bool small = rows.size() <= Small::kRows && groups <= Small::kGroups;
-  if (mixed) {
-    if (small) return run(Launcher<T, true, Small>(list, device, stream));
-    return run(Launcher<T, true, Large>(list, device, stream));
+  if (!mixed) return launch_as<T, false, false>(rows, groups, list, device, stream);
+  // Beside float64 no stream is of a half type.
+  if constexpr (kWide<T> == DType::kFloat32) {
+    if (stochastic) return launch_as<T, true, true>(rows, groups, list, device, stream);
   }
-  if (small) return run(Launcher<T, false, Small>(list, device, stream));
-  run(Launcher<T, false, Large>(list, device, stream));
+  launch_as<T, true, false>(rows, groups, list, device, stream);
 }
 
 // Calls launch(table, chunks) with tables of one size, as many gradients in each as fit.

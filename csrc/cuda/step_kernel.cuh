@@ -4,6 +4,7 @@
 
 #include "../rules/ema.h"
 #include "../rules/master.h"
+#include "../rules/rounding.h"
 #include "../rules/sgd.h"
 #include "../tensor_list.h"
 #include "dtypes.cuh"
@@ -18,6 +19,7 @@ template <typename T>
 struct DeviceGroup {
   rules::SgdRule<T> sgd;
   rules::EmaRule<T> ema;
+  rules::RoundingRule rounding;
   // If not null, they override the rule's learning rate and clipping coefficient.
   const double* device_lr;
   const double* device_clip;
@@ -26,11 +28,14 @@ struct DeviceGroup {
 
 // The table of a launch travels in its kernel parameters, so a step copies nothing to the device
 // and may be captured in a graph. Arrays by field, since a row of 55 bytes would be padded to 56.
-template <typename T, int kBytes, int kGroups_>
+// With kStochastic_ its rows also have what stochastic rounding is keyed by.
+template <typename T, int kBytes, int kGroups_, bool kStochastic_>
 struct LaunchTable {
   static constexpr int kGroups = kGroups_;
+  static constexpr bool kStochastic = kStochastic_;
   static constexpr int kRowBytes = kStreams * sizeof(void*) + sizeof(int64_t) + sizeof(uint32_t) +
-                                   sizeof(uint16_t) + sizeof(uint8_t);
+                                   sizeof(uint16_t) + sizeof(uint8_t) +
+                                   (kStochastic ? sizeof(uint32_t) : 0);
   static constexpr int kRows =
       (kBytes - kGroups * int(sizeof(DeviceGroup<T>)) - 2 * int(sizeof(int64_t))) / kRowBytes;
 
@@ -39,6 +44,7 @@ struct LaunchTable {
   DeviceGroup<T> groups[kGroups];
   int32_t rows;
   uint32_t first_chunk[kRows];
+  uint32_t ordinal[kStochastic ? kRows : 1];
   uint16_t dtypes[kRows];  // three bits a stream
   uint8_t group[kRows];
 };
@@ -46,12 +52,13 @@ static_assert(kDTypes <= 8 && 3 * kStreams <= 16);
 
 // CUDA 12.1 raised the limit of kernel parameters from 4 KB to 32,764 bytes. The launch copies all
 // of them, so short lists use the small table.
-template <typename T>
-using SmallTable = LaunchTable<T, 4096, 4>;
-template <typename T>
-using LargeTable = LaunchTable<T, 32764, 16>;
+template <typename T, bool kStochastic = false>
+using SmallTable = LaunchTable<T, 4096, 4, kStochastic>;
+template <typename T, bool kStochastic = false>
+using LargeTable = LaunchTable<T, 32764, 16, kStochastic>;
 static_assert(sizeof(SmallTable<float>) <= 4096 && sizeof(SmallTable<double>) <= 4096);
 static_assert(sizeof(LargeTable<float>) <= 32764 && sizeof(LargeTable<double>) <= 32764);
+static_assert(sizeof(SmallTable<float, true>) <= 4096 && sizeof(LargeTable<float, true>) <= 32764);
 
 // The last row whose chunks begin at or before this one.
 template <typename Table>
@@ -113,6 +120,46 @@ struct Row {
   }
 };
 
+// Rounds the values of a row to what half types hold exactly, for a pack to store. Here to nearest,
+// which the pack does by itself.
+template <bool kStochastic>
+struct Rounder {
+  template <typename Table>
+  __device__ __forceinline__ Rounder(const rules::RoundingRule&, const Table&, int, int64_t) {}
+
+  template <typename T, int N>
+  __device__ __forceinline__ void round(Stream, DType, int64_t, T (&)[N]) const {}
+};
+
+// And here stochastically, where the group asks for it. For elements whose offsets have the same
+// upper half as that of element i.
+template <>
+struct Rounder<true> {
+  bool stochastic;
+  rules::RoundingKey keys[kStreams];
+
+  template <typename Table>
+  __device__ __forceinline__ Rounder(const rules::RoundingRule& rule, const Table& table, int row,
+                                     int64_t i)
+      : stochastic(rule.stochastic) {
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) keys[s] = rule.key(table.ordinal[row], s, i);
+  }
+
+  // The values are those of elements from i on.
+  template <int N>
+  __device__ __forceinline__ void round(Stream stream, DType dtype, int64_t i,
+                                        float (&values)[N]) const {
+    if (Pack<float, N>::kAlwaysWide || !stochastic || dtype == DType::kFloat32) return;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const uint32_t random = keys[stream].random(uint32_t(i) + k);
+      values[k] = dtype == DType::kBFloat16 ? rules::round_to_bfloat16(values[k], random)
+                                            : rules::round_to_float16(values[k], random);
+    }
+  }
+};
+
 // Reads the numbers that a step updates: the stored parameters or, with a refinement, the exact
 // ones.
 template <int N, typename T, bool kMixed>
@@ -142,10 +189,12 @@ __device__ __forceinline__ void unpack_weights(const Row<T, kMixed>& row, const 
 }
 
 // Packs them again, and leaves in them what the average follows: the master where there is one, and
-// else the parameters as stored.
-template <int N, typename T, bool kMixed>
-__device__ __forceinline__ void pack_weights(const Row<T, kMixed>& row, Pack<T, N>& params,
-                                             Pack<T, N>& refinements, T (&values)[N]) {
+// else the parameters as stored. What a refinement keeps is rounded to nearest.
+template <int N, typename T, bool kMixed, bool kStochastic>
+__device__ __forceinline__ void pack_weights(const Row<T, kMixed>& row,
+                                             const Rounder<kStochastic>& rounder, int64_t i,
+                                             Pack<T, N>& params, Pack<T, N>& refinements,
+                                             T (&values)[N]) {
   if constexpr (kMixed && sizeof(T) == sizeof(float)) {
     const bool refined = row.data[kRefinement] != nullptr;
     const bool has_master = refined && row.dtype(kRefinement) != row.dtype(kParam);
@@ -162,6 +211,7 @@ __device__ __forceinline__ void pack_weights(const Row<T, kMixed>& row, Pack<T, 
       for (int k = 0; k < N; ++k) refinements.set_half(k, rules::residual_of(masters[k]));
       return;
     }
+    if (!refined) rounder.round(kParam, row.dtype(kParam), i, values);
     params.pack(row.dtype(kParam), values);
     if (has_master) return refinements.pack(kWide<T>, values);
     T stored[N];
@@ -180,9 +230,9 @@ __device__ __forceinline__ void pack_weights(const Row<T, kMixed>& row, Pack<T, 
 }
 
 // Updates N elements from element i on.
-template <int N, typename T, bool kMixed>
+template <int N, typename T, bool kMixed, bool kStochastic>
 __device__ __forceinline__ void update(const Row<T, kMixed>& row, const DeviceGroup<T>& group,
-                                       int64_t i) {
+                                       const Rounder<kStochastic>& rounder, int64_t i) {
   Pack<T, N> packs[kStreams];
 #pragma unroll
   for (int s = 0; s < kStreams; ++s) {
@@ -202,13 +252,14 @@ __device__ __forceinline__ void update(const Row<T, kMixed>& row, const DeviceGr
       packs[kMomentum].unpack(row.dtype(kMomentum), v);
 #pragma unroll
       for (int k = 0; k < N; ++k) group.sgd.update(p[k], g[k], v[k]);
+      rounder.round(kMomentum, row.dtype(kMomentum), i, v);
       packs[kMomentum].pack(row.dtype(kMomentum), v);
       write(kMomentum);
     } else {
 #pragma unroll
       for (int k = 0; k < N; ++k) group.sgd.update(p[k], g[k]);
     }
-    pack_weights(row, packs[kParam], packs[kRefinement], p);
+    pack_weights(row, rounder, i, packs[kParam], packs[kRefinement], p);
     write(kParam);
     if (row.data[kRefinement]) write(kRefinement);
     if (group.reset_grads) {
@@ -221,31 +272,41 @@ __device__ __forceinline__ void update(const Row<T, kMixed>& row, const DeviceGr
     packs[kShadow].unpack(row.dtype(kShadow), s);
 #pragma unroll
     for (int k = 0; k < N; ++k) group.ema.update(s[k], p[k]);
+    rounder.round(kShadow, row.dtype(kShadow), i, s);
     packs[kShadow].pack(row.dtype(kShadow), s);
     write(kShadow);
   }
 }
 
 // Updates a chunk of a row, N elements at a time where all streams are aligned.
-template <int N, typename T, bool kMixed>
+template <int N, typename T, bool kMixed, typename Table>
 __device__ __forceinline__ void update_chunk(const Row<T, kMixed>& row, const DeviceGroup<T>& group,
-                                             int64_t chunk, int64_t numel) {
+                                             const Table& table, int index) {
+  const auto rounder_at = [&](int64_t i) {
+    return Rounder<Table::kStochastic>(group.rounding, table, index, i);
+  };
+  const int64_t chunk = blockIdx.x - table.first_chunk[index], numel = table.numel[index];
   // Chunks after the first begin at an aligned element; the first takes the head before it.
   const int head = row.template unaligned_head<N>();
   const int64_t shift = head > 0 ? head : 0;
   const int64_t begin = chunk == 0 ? 0 : min(numel, chunk * kChunkElements + shift);
   const int64_t end = min(numel, (chunk + 1) * kChunkElements + shift);
-  if (head < 0) {
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) update<1>(row, group, i);
+  // Random numbers have another key every 2^32 elements, which is rare inside a chunk.
+  const bool two_keys = Table::kStochastic && begin >> 32 != (end - 1) >> 32;
+  if (head < 0 || two_keys) {
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+      update<1>(row, group, rounder_at(i), i);
+    }
     return;
   }
+  const auto rounder = rounder_at(begin);
   const int64_t first = chunk == 0 ? min(shift, end) : begin;
   const int64_t last = first + (end - first) / N * N;
-  for (int64_t i = begin + threadIdx.x; i < first; i += kThreads) update<1>(row, group, i);
+  for (int64_t i = begin + threadIdx.x; i < first; i += kThreads) update<1>(row, group, rounder, i);
   for (int64_t i = first + threadIdx.x * N; i < last; i += kThreads * N) {
-    update<N>(row, group, i);
+    update<N>(row, group, rounder, i);
   }
-  for (int64_t i = last + threadIdx.x; i < end; i += kThreads) update<1>(row, group, i);
+  for (int64_t i = last + threadIdx.x; i < end; i += kThreads) update<1>(row, group, rounder, i);
 }
 
 // Blocks that share a multiprocessor, at the least: the more, the more reads are under way. With
@@ -254,7 +315,7 @@ template <bool kMixed>
 inline constexpr int kBlocksPerSM = kMixed ? 2 : 4;
 
 // kMixed: some stream is of a narrow type. Kept apart, because the kernel without them needs two
-// thirds of the registers.
+// thirds of the registers; kernels that may round stochastically are apart from others too.
 template <typename T, bool kMixed, typename Table>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM<kMixed>)
     step_kernel(const __grid_constant__ Table table) {
@@ -264,12 +325,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<kMixed>)
   if (group.device_lr) group.sgd.set_lr(T(*group.device_lr));
   if (group.device_clip) group.sgd.set_clip(*group.device_clip);
 
-  const int64_t chunk = blockIdx.x - table.first_chunk[index];
   constexpr int kInVector = kVectorBytes / int(sizeof(T));
   if (kMixed && !row.is_all_wide()) {
-    update_chunk<2 * kInVector>(row, group, chunk, table.numel[index]);
+    update_chunk<2 * kInVector>(row, group, table, index);
   } else {
-    update_chunk<kInVector>(row, group, chunk, table.numel[index]);
+    update_chunk<kInVector>(row, group, table, index);
   }
 }
 

@@ -1,6 +1,8 @@
 // The hyper-parameters of a step as Python gives them, in fp64. Plain data.
 #pragma once
 
+#include <cstdint>
+
 namespace fused_opt {
 
 enum class Formulation { kTorch, kSutskever };
@@ -16,6 +18,14 @@ struct SgdHyper {
   bool maximize = false;
   bool decoupled_weight_decay = false;  // shrinks the parameter itself, not through the gradient
   Formulation formulation = Formulation::kTorch;
+};
+
+// How a step rounds what it stores in half precision: to nearest, or stochastically, by random
+// numbers that depend on the seed and on how many such steps there were before.
+struct RoundingHyper {
+  bool stochastic = false;
+  uint64_t seed = 0;
+  uint64_t step = 0;
 };
 
 // How a step is clipped.

@@ -1,0 +1,144 @@
+"""Stochastic rounding: what a step rounds by, and the rounding itself from plain torch operations.
+
+The torch part is for tensors that the kernels do not reach. It gives the numbers and the bits of
+``csrc/rules/rounding.h``, where the reasons stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_opt._hyper import HALF_DTYPES
+
+_UINT32 = 0xFFFFFFFF
+_UINT64 = 0xFFFFFFFFFFFFFFFF
+
+
+class Stream(IntEnum):
+    """The streams that are rounded, by their place among all (``csrc/tensor_list.h``)."""
+
+    PARAM = 0
+    MOMENTUM = 2
+    SHADOW = 3
+
+
+class Rounding(NamedTuple):
+    """What the rows of a step are rounded by, stochastically.
+
+    The random numbers depend on the seed, the count of steps before, the parameter's ordinal among
+    all, the stream, and the place in memory of the element, and on nothing else.
+    """
+
+    seed: int
+    step: int
+    ordinals: Sequence[int]  # of the rows
+
+    def take(self, indices: list[int]) -> Rounding:
+        return self._replace(ordinals=[self.ordinals[i] for i in indices])
+
+
+def check_uint64(value: Any, name: str) -> None:
+    """Raises ValueError unless it is an integer of 64 bits without a sign."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _UINT64:
+        raise ValueError(f"Invalid {name}: {value!r}, expected an integer in [0, 2**64)")
+
+
+def widened(tensors: Sequence[Tensor | None], rounding: Rounding | None) -> list[Any]:
+    """The tensors to compute with: float32 copies of those that :func:`narrow_` will round."""
+    return [
+        tensor.detach().float() if tensor is not None and rounding and _is_half(tensor) else tensor
+        for tensor in tensors
+    ]
+
+
+def narrow_(
+    tensors: Sequence[Tensor | None],
+    values: Sequence[Any],
+    rounding: Rounding | None,
+    stream: Stream,
+) -> None:
+    """Writes what :func:`widened` has made copies of, rounded stochastically."""
+    if rounding is None or not tensors:
+        return
+    for tensor, value, ordinal in zip(tensors, values, rounding.ordinals, strict=True):
+        if tensor is not None and tensor is not value:
+            _store_(tensor, value, rounding, ordinal, stream)
+
+
+def narrowed(value: Tensor, dtype: torch.dtype, rounding: Rounding | None, row: int) -> Tensor:
+    """The first momentum of a row, in the dtype that it is kept in."""
+    if rounding is None or dtype not in HALF_DTYPES or value.layout != torch.strided:
+        return value.to(dtype)
+    momentum = torch.empty_like(value, dtype=dtype)
+    _store_(momentum, value.float(), rounding, rounding.ordinals[row], Stream.MOMENTUM)
+    return momentum
+
+
+def _is_half(tensor: Tensor) -> bool:
+    # A sparse tensor has no memory order: it is rounded to nearest.
+    return tensor.dtype in HALF_DTYPES and tensor.layout == torch.strided
+
+
+def _store_(
+    target: Tensor, values: Tensor, rounding: Rounding, ordinal: int, stream: Stream
+) -> None:
+    if hasattr(target, "to_local"):  # a DTensor: each process rounds its part by itself
+        target, values = target.to_local(), values.to_local()  # type: ignore[attr-defined]
+    dense = torch.empty_like(target)
+    random = torch.empty_strided(
+        dense.shape, dense.stride(), dtype=torch.int64, device=target.device
+    )
+    state = _mix(_mix(rounding.seed) ^ rounding.step) ^ (ordinal << 32 | stream << 24)
+    random.as_strided((random.numel(),), (1,)).copy_(_random(state, random.numel(), random.device))
+    round_exactly = _as_bfloat16 if target.dtype == torch.bfloat16 else _as_float16
+    target.copy_(round_exactly(values, random))
+
+
+def _mix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _UINT64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _UINT64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _UINT64
+    return x ^ (x >> 31)
+
+
+def _random(state: int, count: int, device: torch.device) -> Tensor:
+    """Random numbers of 32 bits for the elements in memory order, in int64."""
+    blocks = []
+    for block in range((count + _UINT32) >> 32):
+        key = _mix(state ^ block)
+        size = min(count - (block << 32), 1 << 32)
+        blocks.append(_hash(torch.arange(size, device=device), key & _UINT32, key >> 32))
+    return torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.int64, device=device)
+
+
+def _hash(offsets: Tensor, first: int, second: int) -> Tensor:
+    # Products may pass 2^63, but their lower 32 bits are right.
+    x = (offsets ^ first) * 0x85EBCA6B & _UINT32
+    x = (x ^ (x >> 16) ^ second) * 0xC2B2AE35 & _UINT32
+    return (x ^ (x >> 15)) * 0x9E3779B1 & _UINT32
+
+
+def _as_bfloat16(values: Tensor, random: Tensor) -> Tensor:
+    """Float32 values that bfloat16 holds exactly."""
+    bits = values.view(torch.int32)
+    rounded = (bits + (random >> 16).to(torch.int32)) & -0x10000
+    return torch.where((bits & 0x7FFFFFFF) < 0x7F7F0000, rounded, bits).view(torch.float32)
+
+
+def _as_float16(values: Tensor, random: Tensor) -> Tensor:
+    """Float32 values that float16 holds exactly."""
+    bits = values.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((bits + (random >> 19).to(torch.int32)) & -0x2000).view(torch.float32)
+    # Below 2^-14 the spacing is 2^-24.
+    scaled = values.abs().clamp(max=2.0**-14) * 2.0**24
+    whole = scaled.floor()
+    up = (random >> 1) < ((scaled - whole) * 2.0**31).to(torch.int64)
+    subnormal = ((whole + up) * 2.0**-24).copysign(values)
+    rounded = torch.where(magnitude < 0x38800000, subnormal, normal)
+    return torch.where(magnitude < 0x477FE000, rounded, values)
