@@ -25,6 +25,7 @@ RUNS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     'bfloat16, master_weights="fp32"': (torch.bfloat16, {"master_weights": "fp32"}),
     'bfloat16, master_weights="split"': (torch.bfloat16, {"master_weights": "split"}),
     'bfloat16, master_weights="kahan"': (torch.bfloat16, {"master_weights": "kahan"}),
+    "bfloat16, stochastic_rounding=True": (torch.bfloat16, {"stochastic_rounding": True}),
 }
 EVERY = 100  # steps between two points of a curve
 
@@ -54,7 +55,7 @@ def main(
     torch.set_num_threads(1)
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.subplots()
-    styles = ["-", "-", "-", "--", ":"]
+    styles = ["-", "-", "-", "--", ":", "-"]
     for (name, (dtype, options)), style in zip(
         track(RUNS.items(), description="Training"), styles, strict=True
     ):

@@ -76,7 +76,8 @@ class SGD(torch.optim.SGD):
             is attached to the graph, and the EMA is not.
         fused: recorded for compatibility; selects nothing.
         ema: its shadows are updated by every step: those of parameters with and without a
-            gradient, in and outside this optimizer. The same bits as ``step(); ema.update()``.
+            gradient, in and outside this optimizer. The same bits as ``step(); ema.update()``,
+            which rounds shadows to nearest.
         formulation: ``"torch"`` or ``"sutskever"``.
         decoupled_weight_decay: shrinks the parameter itself, p ← (1 − ηλ)p + …, and leaves λp out
             of d, so that the momentum does not carry it (Loshchilov and Hutter, "Decoupled weight
@@ -100,8 +101,7 @@ class SGD(torch.optim.SGD):
             without more state. The random numbers depend on ``rounding_seed``, the steps that the
             group has taken (``rounding_steps`` in ``param_groups``, saved with it), the parameter's
             place in ``param_groups``, and the element's in memory: any number of threads and any
-            device give the same bits, and a checkpoint resumes them. From the largest finite number
-            on, rounding is to nearest.
+            device give the same bits, and a checkpoint resumes them.
         rounding_seed: in [0, 2**64). The same for all by default, so that replicas of a model that
             see the same gradients stay the same.
         max_grad_norm: clips the gradients to this 2-norm, taken over all param groups, which must
