@@ -410,10 +410,13 @@ class SGD(torch.optim.SGD):
         roundings: list[Rounding | None] = []
         first = 0
         for group in self.param_groups:
-            _check_rounding(group)
+            rounding = None
             last = first + len(group["params"])
-            rounding = Rounding(group["rounding_seed"], group["rounding_steps"], range(first, last))
-            roundings.append(rounding if group["stochastic_rounding"] else None)
+            if group["stochastic_rounding"]:
+                _check_rounding(group)
+                key = group["rounding_seed"], group["rounding_steps"]
+                rounding = Rounding(*key, range(first, last))
+            roundings.append(rounding)
             first = last
         return roundings
 

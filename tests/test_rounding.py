@@ -79,7 +79,7 @@ def neighbours(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 #: In the middle of the range and at its ends; fractions of the spacing from 1 % to 99 %.
 VALUES = {
-    BF16: [1.003, -1.0077, 3.14159, 0.1, -1e-3, 1e-10, -1e30, 3.33e38, 1e-38, -3e-39, 2e-40],
+    BF16: [1.003, -1.0077, 3.14159, 0.1, -1e-3, 1e-10, -1e30, 3.33e38, -3.385e38, 1e-38, 2e-40],
     F16: [1.0003, -1.0007, 3.14159, 0.1, -1e-3, 6.09e-5, -6.1e-5, 1e-6, 3e-8, -1.2e-7, 65490.0],
 }
 

@@ -150,12 +150,14 @@ struct Rounder<true> {
   template <int N>
   __device__ __forceinline__ void round(Stream stream, DType dtype, int64_t i,
                                         float (&values)[N]) const {
-    if (Pack<float, N>::kAlwaysWide || !stochastic || dtype == DType::kFloat32) return;
+    if constexpr (!Pack<float, N>::kAlwaysWide) {
+      if (!stochastic || dtype == DType::kFloat32) return;
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      const uint32_t random = keys[stream].random(uint32_t(i) + k);
-      values[k] = dtype == DType::kBFloat16 ? rules::round_to_bfloat16(values[k], random)
-                                            : rules::round_to_float16(values[k], random);
+      for (int k = 0; k < N; ++k) {
+        const uint32_t random = keys[stream].random(uint32_t(i) + k);
+        values[k] = dtype == DType::kBFloat16 ? rules::round_to_bfloat16(values[k], random)
+                                              : rules::round_to_float16(values[k], random);
+      }
     }
   }
 };

@@ -60,7 +60,8 @@ struct RoundingRule {
   RoundingRule() = default;
 
   FUSED_OPT_HD explicit RoundingRule(const RoundingHyper& hyper)
-      : state(mix(mix(hyper.seed) ^ hyper.step)), stochastic(hyper.stochastic) {}
+      : state(hyper.stochastic ? mix(mix(hyper.seed) ^ hyper.step) : 0),
+        stochastic(hyper.stochastic) {}
 
   // No two places share a key: memory ends at offsets of 2^56, and streams are fewer than 256.
   FUSED_OPT_HD RoundingKey key(uint32_t ordinal, int stream, int64_t offset) const {
@@ -78,10 +79,16 @@ struct RoundingRule {
 // From the largest finite number on there is no mean to keep, for its neighbour is infinite: the
 // value is returned as it is, and so rounded to nearest. So are inf and NaN.
 
+// Without branches: g++ moves what only one side of a choice needs behind a branch, and then it
+// does not vectorise.
+FUSED_OPT_HD uint32_t choose(bool condition, uint32_t then, uint32_t otherwise) {
+  return otherwise ^ ((then ^ otherwise) & (0u - uint32_t(condition)));
+}
+
 FUSED_OPT_HD float round_to_bfloat16(float value, uint32_t random) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + (random >> 16)) & 0xffff0000u;
-  return float_of((bits & 0x7fffffffu) < 0x7f7f0000u ? rounded : bits);
+  return float_of(choose((bits & 0x7fffffffu) < 0x7f7f0000u, rounded, bits));
 }
 
 FUSED_OPT_HD float round_to_float16(float value, uint32_t random) {
@@ -89,15 +96,13 @@ FUSED_OPT_HD float round_to_float16(float value, uint32_t random) {
   const uint32_t normal = (magnitude + (random >> 19)) & 0xffffe000u;
   // Below 2^-14 the spacing is 2^-24, and every operation here is exact. A fraction of it counts to
   // 31 bits: less than 2^-55 never becomes 2^-24.
-  const uint32_t smallest_normal = 0x38800000u;
-  const float scaled =
-      float_of(magnitude < smallest_normal ? magnitude : smallest_normal) * 0x1p24f;
+  const bool small = magnitude < 0x38800000u;
+  const float scaled = float_of(choose(small, magnitude, 0)) * 0x1p24f;
   const int32_t whole = int32_t(scaled);
   const int32_t fraction = int32_t((scaled - float(whole)) * 0x1p31f);
-  const int32_t up = int32_t(random >> 1) < fraction ? 1 : 0;
+  const int32_t up = int32_t(uint32_t(int32_t(random >> 1) - fraction) >> 31);
   const uint32_t subnormal = bits_of(float(whole + up) * 0x1p-24f);
-  const uint32_t rounded = magnitude < smallest_normal ? subnormal : normal;
-  return float_of(magnitude < 0x477fe000u ? sign | rounded : bits);
+  return float_of(choose(magnitude < 0x477fe000u, sign | choose(small, subnormal, normal), bits));
 }
 
 }  // namespace FUSED_OPT_ISA
