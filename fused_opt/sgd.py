@@ -249,6 +249,8 @@ class SGD(torch.optim.SGD):
                 for own, group in zip(self.param_groups, groups, strict=True)
             ]
             _common_max_grad_norm(groups)
+            for group in groups:
+                _check_rounding(group)
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._restore_dtypes(state_dict)
 

@@ -91,13 +91,13 @@ def test_the_mean_of_many_roundings_is_the_value(
 ) -> None:
     count = 100_000
     for n, number in enumerate(VALUES[dtype]):
-        value = torch.full((count,), number, device=device)
-        results = rounded(value, dtype, stream, (17, n)).double().cpu()
-        low, high = neighbours(value[:1], dtype)
-        assert low < value[0] < high
-        assert set(results.unique().tolist()) == {float(low), float(high)}, number
-        odds = float((value[0].double().cpu() - low) / (high - low))
-        error = float((results.mean() - value[0].double().cpu()) / (high - low))
+        values = torch.full((count,), number)
+        results = rounded(values.to(device), dtype, stream, (17, n)).double().cpu()
+        value, (low, high) = float(values[0]), map(float, neighbours(values[:1], dtype))
+        assert low < value < high
+        assert set(results.unique().tolist()) == {low, high}, number
+        odds = (value - low) / (high - low)
+        error = (float(results.mean()) - value) / (high - low)
         assert abs(error) <= 4 * math.sqrt(odds * (1 - odds) / count), number
 
 
@@ -535,11 +535,8 @@ def test_beside_a_refinement_only_momentum_and_shadow_round_stochastically(
 def test_shadows_without_a_gradient_round_stochastically_too(device: torch.device) -> None:
     """Frozen parameters, those of another group, and those of no optimizer."""
 
-    def params() -> list[Any]:
-        return [torch.nn.Parameter(torch.full((2000,), 1.0, dtype=BF16)) for _ in range(4)]
-
-    members = [p.to(device) for p in params()]
-    members = [torch.nn.Parameter(p.detach()) for p in members]
+    ones = torch.ones(2000, dtype=BF16, device=device)
+    members = [torch.nn.Parameter(ones.clone()) for _ in range(4)]
     ema = EMA(members, decay=0.999)
     half_shadows(ema, BF16)
     with torch.no_grad():
@@ -562,13 +559,12 @@ def test_shadows_without_a_gradient_round_stochastically_too(device: torch.devic
     for a, b in itertools.combinations(shadows[1:], 2):
         assert not torch.equal(a, b)
     # By the numbers of its own group and place, with or without a gradient.
-    expected = torch.full((2000,), 1.0, dtype=BF16, device=device)
+    expected = ones.clone()
     for step in range(10):
-        zeros = [torch.zeros(1, device=device) for _ in range(2)]
-        param = torch.full((2000,), 2.0, dtype=BF16, device=device)
+        first, grads = ([torch.zeros(1, device=device) for _ in range(2)] for _ in range(2))
         sgd_step_(
-            [*zeros, param],
-            [*(torch.zeros(1, device=device) for _ in range(2)), torch.zeros_like(param)],
+            [*first, 2 * ones],
+            [*grads, 0 * ones],
             None,
             lr=0.0,
             shadows=[None, None, expected],
@@ -765,23 +761,23 @@ def test_the_average_of_what_torch_runs_rounds_to_the_bits_of_the_kernels(
         assert_same_bits(shadow.a, other)
 
 
-def test_sparse_gradients_round_stochastically(device: torch.device) -> None:
+def test_sparse_gradients_round_stochastically() -> None:
     dtype = BF16  # torch adds no sparse float16 on the CPU
-    values = random_tensor((50, 8), dtype, device)
+    values = random_tensor((50, 8), dtype)
     sparse, dense = torch.nn.Parameter(values.clone()), torch.nn.Parameter(values.clone())
     ours, twin = (SGD([p], lr=2.0**-8, stochastic_rounding=True) for p in (sparse, dense))
     for step in range(4):
-        dense.grad = random_tensor((50, 8), dtype, device, seed=step)
+        dense.grad = random_tensor((50, 8), dtype, seed=step)
         dense.grad[::2] = 0
         sparse.grad = dense.grad.to_sparse(1)
         ours.step()
         twin.step()
         assert_same_bits(sparse, dense)
     # Momentum of sparse gradients is sparse, and its parameter rounds all the same.
-    param = torch.nn.Parameter(torch.ones(50, 8, dtype=dtype, device=device))
+    param = torch.nn.Parameter(torch.ones(50, 8, dtype=dtype))
     optimizer = SGD([param], lr=1e-4, momentum=0.5, stochastic_rounding=True)
     for _ in range(20):
-        param.grad = torch.ones(50, 8, dtype=dtype, device=device).to_sparse(1)
+        param.grad = torch.ones(50, 8, dtype=dtype).to_sparse(1)
         optimizer.step()
     moved = 1 - float(param.detach().double().mean())
     assert abs(moved - 1e-4 * 38) < 4 * torch.finfo(dtype).eps / 2 * math.sqrt(1 / 400)
@@ -868,6 +864,12 @@ def test_a_seed_that_is_none_is_refused(wrong: Any) -> None:
         with pytest.raises(ValueError, match=f"Invalid {option}"):
             optimizer.step()
         assert_same_bits(params[0], before)
+    optimizer = SGD(params, lr=0.1, stochastic_rounding=True)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0].update(rounding_seed=wrong, lr=0.2)
+    with pytest.raises(ValueError, match="Invalid rounding_seed"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("wrong", [7, (1,), (1, 2, 3), (-1, 0), (0, 2**64), (0.5, 0), [0, 1]])
