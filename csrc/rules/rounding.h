@@ -42,9 +42,9 @@ struct RoundingKey {
   uint32_t first, second;
 
   // 32 evenly distributed bits, the upper ones the better mixed. The halves of the key come in at
-  // different places: with the first alone, or with a sum in place of the first exclusive or, the
-  // numbers of one key would be those of another in another order. Three multiplications are
-  // needed: after two, the mean of a key's numbers is off, and that of neighbours depends on it.
+  // different places: with the first alone, the numbers of one key would be those of another in
+  // another order. Three multiplications are needed: after two, a key's numbers are correlated with
+  // their neighbours, and their mean is off by more than chance.
   FUSED_OPT_HD uint32_t random(uint32_t offset) const {
     uint32_t x = (offset ^ first) * 0x85ebca6bu;
     x = ((x ^ (x >> 16)) ^ second) * 0xc2b2ae35u;
