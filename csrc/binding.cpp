@@ -279,12 +279,36 @@ class PyPlan {
 #endif
   }
 
-  // Clips the step on the devices that are run from here on; arguments as for `scale_grads`.
-  void set_clip(double coefficient, uintptr_t device_coefficient) {
-    plan_.set_clip(coefficient, reinterpret_cast<const double*>(device_coefficient));
+  // Before a device is run: the address of a number on it, for the groups that were made with these
+  // `tensors`, or for all with -1.
+  void set_scalar(int tensors, int which, uintptr_t address, bool is_double) {
+    plan_.set_scalar(tensors, Scalar(which), {reinterpret_cast<const void*>(address), is_double});
   }
 
-  void run(int device, int threads) {
+  // And the address of a count of steps, by which the groups round that do so stochastically.
+  void set_rounding_steps(uintptr_t address) {
+    plan_.set_rounding_steps(reinterpret_cast<const int64_t*>(address));
+  }
+
+  // And the addresses of a float that skips the step and of the counters of steps that are taken.
+  void set_gate(uintptr_t found_inf, const std::vector<uintptr_t>& counters) {
+    Gate gate;
+    gate.found_inf = reinterpret_cast<const float*>(found_inf);
+    for (const uintptr_t counter : counters) {
+      gate.counters.push_back(reinterpret_cast<int64_t*>(counter));
+    }
+    plan_.set_gate(gate);
+  }
+
+  // The bytes on the device that `run` needs for what was set so.
+  int64_t memory_bytes([[maybe_unused]] int device) {
+#if FUSED_OPT_WITH_CUDA
+    if (device != kCpu) return cuda::memory_bytes(plan_.list(device));
+#endif
+    return 0;
+  }
+
+  void run(int device, int threads, [[maybe_unused]] uintptr_t memory) {
     const TensorList& list = plan_.list(device);
     if (device == kCpu) {
       py::gil_scoped_release release;
@@ -294,7 +318,7 @@ class PyPlan {
 #if FUSED_OPT_WITH_CUDA
     void* stream = reader().current_stream(device);
     py::gil_scoped_release release;
-    cuda::multi_tensor_apply(list, device, stream);
+    cuda::multi_tensor_apply(list, device, stream, reinterpret_cast<void*>(memory));
 #else
     throw std::logic_error("fused_opt was built without CUDA kernels");
 #endif
@@ -400,7 +424,7 @@ class PyPlan {
 
 Group make_group(double lr, double momentum, double dampening, double weight_decay,
                  double grad_scale, bool nesterov, bool maximize, bool decoupled_weight_decay,
-                 bool sutskever, bool reset_grads, double decay, uintptr_t device_lr,
+                 bool sutskever, bool reset_grads, double decay, int tensors,
                  std::optional<std::pair<uint64_t, uint64_t>> rounding) {
   Group group;
   group.sgd.lr = lr;
@@ -414,7 +438,7 @@ Group make_group(double lr, double momentum, double dampening, double weight_dec
   group.sgd.formulation = sutskever ? Formulation::kSutskever : Formulation::kTorch;
   group.decay = decay;
   group.reset_grads = reset_grads;
-  group.device_lr = reinterpret_cast<const double*>(device_lr);
+  group.tensors = tensors;
   if (rounding) group.rounding = {true, rounding->first, rounding->second};
   return group;
 }
@@ -441,6 +465,11 @@ PYBIND11_MODULE(_C, module) {
   module.attr("chunk_elements") = cuda::kChunkElements;
   module.attr("norm_chunk_elements") = rules::kNormChunk;
   module.attr("norm_lanes") = rules::kLanes<float>;
+#if FUSED_OPT_WITH_CUDA
+  module.attr("group_bytes") = cuda::memory_bytes(1);
+#else
+  module.attr("group_bytes") = 0;
+#endif
   module.def("cpu_isa", cpu::isa_level);
   module.def("cpu_isas", cpu::isa_levels);
   module.def("set_cpu_isa", cpu::set_isa_level);
@@ -450,15 +479,22 @@ PYBIND11_MODULE(_C, module) {
            py::arg("dampening") = 0, py::arg("weight_decay") = 0, py::arg("grad_scale") = 1,
            py::arg("nesterov") = false, py::arg("maximize") = false,
            py::arg("decoupled_weight_decay") = false, py::arg("sutskever") = false,
-           py::arg("reset_grads") = false, py::arg("decay") = 0, py::arg("device_lr") = 0,
+           py::arg("reset_grads") = false, py::arg("decay") = 0, py::arg("tensors") = -1,
            py::arg("rounding") = py::none());
 
   py::class_<ClipHyper>(module, "ClipHyper")
       .def(py::init([](double max_norm, double grad_scale, bool infinity) {
              return ClipHyper{max_norm, grad_scale, infinity};
            }),
-           py::kw_only(), py::arg("max_norm"), py::arg("grad_scale") = 1,
-           py::arg("infinity") = false);
+           py::kw_only(), py::arg("max_norm") = 0, py::arg("grad_scale") = 1,
+           py::arg("infinity") = false)
+      .def("set_max_norm",
+           [](ClipHyper& hyper, uintptr_t address, bool is_double) {
+             hyper.max_norm_scalar = {reinterpret_cast<const void*>(address), is_double};
+           })
+      .def("set_grad_scale", [](ClipHyper& hyper, uintptr_t address, bool is_double) {
+        hyper.grad_scale_scalar = {reinterpret_cast<const void*>(address), is_double};
+      });
 
   py::class_<PyPlan>(module, "Plan")
       .def(py::init())
@@ -473,6 +509,9 @@ PYBIND11_MODULE(_C, module) {
       .def("norm_chunks", &PyPlan::norm_chunks)
       .def("grad_norm", &PyPlan::grad_norm)
       .def("scale_grads", &PyPlan::scale_grads)
-      .def("set_clip", &PyPlan::set_clip)
+      .def("set_scalar", &PyPlan::set_scalar)
+      .def("set_rounding_steps", &PyPlan::set_rounding_steps)
+      .def("set_gate", &PyPlan::set_gate)
+      .def("memory_bytes", &PyPlan::memory_bytes)
       .def("run", &PyPlan::run);
 }

@@ -66,6 +66,7 @@ void check_fit(const TensorView& param, const TensorView& other, uint32_t row, S
 void Plan::clear() {
   for (DeviceList& entry : lists_) entry.list.rows.clear();
   groups_.clear();
+  gate_ = {};
   overlap_.clear();
   rows_ = 0;
 }
@@ -146,6 +147,7 @@ std::vector<int> Plan::devices() const {
 const TensorList& Plan::list(int device) {
   TensorList& list = list_for(device);
   list.groups = groups_;
+  list.gate = gate_;
   return list;
 }
 
@@ -157,11 +159,15 @@ TensorList Plan::grads(int device) {
   return grads;
 }
 
-void Plan::set_clip(double clip, const double* device_clip) {
+void Plan::set_scalar(int tensors, Scalar which, DeviceScalar scalar) {
   for (Group& group : groups_) {
-    group.sgd.clip = clip;
-    group.device_clip = device_clip;
+    if (tensors == -1 || group.tensors == tensors) group.scalars[which] = scalar;
   }
+}
+
+void Plan::set_rounding_steps(const int64_t* steps) {
+  for (Group& group : groups_)
+    group.rounding.more_steps = group.rounding.stochastic ? steps : nullptr;
 }
 
 }  // namespace fused_opt

@@ -39,8 +39,13 @@ class Plan {
   const TensorList& list(int device);
   TensorList grads(int device);
 
-  // Clips every group, by the number or by what the address on the device holds, if it is not null.
-  void set_clip(double clip, const double* device_clip);
+  // Before a device is run: where a number of all groups with these tensors lies on it. Tensors -1
+  // stands for every group.
+  void set_scalar(int tensors, Scalar which, DeviceScalar scalar);
+  // And where steps were counted by which groups round stochastically.
+  void set_rounding_steps(const int64_t* steps);
+  // And what decides there whether the step is taken.
+  void set_gate(const Gate& gate) { gate_ = gate; }
 
  private:
   struct DeviceList {
@@ -52,6 +57,7 @@ class Plan {
 
   std::vector<DeviceList> lists_;
   std::vector<Group> groups_;
+  Gate gate_;
   OverlapCheck overlap_;
   uint32_t rows_ = 0;
 };

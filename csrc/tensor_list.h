@@ -32,20 +32,55 @@ struct TensorRow {
   uint16_t group = 0;  // index into TensorList::groups
 };
 
+// What of a group may be a tensor of one number, in the memory of the rows' device.
+enum Scalar : uint8_t {
+  kLrScalar,
+  kMomentumScalar,
+  kDampeningScalar,
+  kWeightDecayScalar,
+  kGradScaleScalar,
+  kDecayScalar,
+  kClipScalar,
+};
+inline constexpr int kScalars = 7;
+
 // What all rows of a param group share.
 struct Group {
   SgdHyper sgd;
   RoundingHyper rounding;
   double decay = 0;          // of the shadow
   bool reset_grads = false;  // fill the gradients with 0 after reading them
-  // CUDA: read these from device memory instead of sgd.lr and sgd.clip.
-  const double* device_lr = nullptr;
-  const double* device_clip = nullptr;
+  int tensors = -1;          // by which set_scalar() knows it, or -1
+  DeviceScalar scalars[kScalars] = {};
+
+  // Puts the numbers of the scalars where those of the host are. To be called on the device.
+  FUSED_OPT_HD void read_scalars() {
+    scalars[kLrScalar].read_into(sgd.lr);
+    scalars[kMomentumScalar].read_into(sgd.momentum);
+    scalars[kDampeningScalar].read_into(sgd.dampening);
+    scalars[kWeightDecayScalar].read_into(sgd.weight_decay);
+    scalars[kGradScaleScalar].read_into(sgd.grad_scale);
+    scalars[kClipScalar].read_into(sgd.clip);
+    scalars[kDecayScalar].read_into(decay);
+    if (rounding.more_steps) rounding.step += uint64_t(*rounding.more_steps);
+  }
 };
+
+// Decides on the device whether a step is taken, and counts there those that are.
+struct Gate {
+  const float* found_inf = nullptr;  // any number but 0 skips: all that is left is reset_grads
+  std::vector<int64_t*> counters;    // of steps
+};
+
+// Whether a step is skipped. A NaN is not 0. To be called on the device.
+FUSED_OPT_HD bool is_skipped(const float* found_inf) {
+  return found_inf != nullptr && *found_inf != 0;
+}
 
 struct TensorList {
   std::vector<TensorRow> rows;
   std::vector<Group> groups;
+  Gate gate;
 };
 
 // Bytes of an element. Inlined always, so that no ISA level exports a copy.

@@ -160,10 +160,14 @@ def grad_norm(grad: Tensor, hyper: ClipHyper) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(values, hyper.order, dtype=dtype)
     if hasattr(norm, "full_tensor"):  # a DTensor, of which every process has a part
         norm = norm.full_tensor()
-    return norm / hyper.grad_scale
+    return norm / _on(norm.device, hyper.grad_scale)
 
 
 def clip_coefficient(norms: list[Tensor], hyper: ClipHyper) -> tuple[Tensor, Tensor]:
     """The norm of gradients from their norms, and what clips them: ``ClipRule`` in torch."""
     norm = torch.linalg.vector_norm(torch.stack(norms), hyper.order)
-    return norm, (hyper.max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return norm, (_on(norm.device, hyper.max_norm) / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _on(device: torch.device, value: float | Tensor) -> float | Tensor:
+    return value.reshape(()).to(device) if isinstance(value, Tensor) else value

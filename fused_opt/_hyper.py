@@ -17,6 +17,9 @@ STATE_KEY = {"torch": "momentum_buffer", "sutskever": "velocity"}
 #: Where it keeps what refines a half-precision parameter, by the value of ``master_weights``.
 REFINEMENT_KEY = {"fp32": "master", "split": "residual", "kahan": "compensation"}
 
+#: What of a param group may be a tensor of one element, in the order of ``Scalar`` in csrc.
+SCALARS = ("lr", "momentum", "dampening", "weight_decay", "grad_scale", "decay", "clip")
+
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,8 +45,9 @@ def check_master_weights(master_weights: Any) -> None:
 
 
 def check_decay(decay: Any) -> None:
-    """Raises ValueError unless it is a number in [0, 1]."""
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0.0 <= decay <= 1.0:
+    """Raises ValueError unless it is a number in [0, 1], or a tensor of one on a GPU."""
+    number = visible(decay, "decay")
+    if number is not HIDDEN and not (_is_number(number) and 0.0 <= number <= 1.0):
         raise ValueError(f"Invalid decay: {decay!r}, expected a number in [0, 1]")
 
 
@@ -51,10 +55,26 @@ def check_max_grad_norm(max_grad_norm: Any) -> None:
     """Raises ValueError unless it is a positive number, or None for no clipping."""
     if max_grad_norm is None:
         return
-    is_number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
-    if not (is_number and max_grad_norm > 0):  # NaN compares false
+    number = visible(max_grad_norm, "max_grad_norm")
+    if number is HIDDEN:
+        return
+    if not (_is_number(number) and number > 0):  # NaN compares false
         raise ValueError(
             f"Invalid max_grad_norm: {max_grad_norm!r}, expected None or a number above 0"
+        )
+
+
+def check_capturable(group: dict[str, Any]) -> None:
+    """Raises ValueError unless a captured step of the group can be replayed from the first on."""
+    capturable, dampening = group["capturable"], group["dampening"]
+    if not isinstance(capturable, bool):
+        raise ValueError(f"Invalid capturable: {capturable!r}, expected True or False")
+    if capturable and group["differentiable"]:
+        raise ValueError("capturable would make the first momentum, which differentiable needs")
+    if capturable and visible(dampening, "dampening") != 0:
+        raise ValueError(
+            f"capturable: expected dampening 0, got {dampening}: a parameter's first step is not "
+            "dampened, and a replayed one cannot differ"
         )
 
 
@@ -64,17 +84,38 @@ def as_scalar(value: float | Tensor, name: str) -> float | Tensor:
         return value
     if value.numel() != 1:
         raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"Tensor {name} must be a real number, got {value.dtype}")
     return value.reshape(())
 
 
+#: Stands for what a tensor on a GPU holds: to look would wait for the GPU.
+HIDDEN = object()
+
+
+def visible(value: Any, name: str) -> Any:
+    """A hyper-parameter as the number that a tensor holds, or :data:`HIDDEN`."""
+    if not isinstance(value, Tensor):
+        return value
+    scalar = as_scalar(value, name)
+    return HIDDEN if value.is_cuda else scalar.item()  # type: ignore[union-attr]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 class SgdHyper(NamedTuple):
-    """What one param group is stepped with. Numbers may be one-element tensors."""
+    """What one param group is stepped with. Numbers may be one-element tensors.
+
+    Those come first, in the order of :data:`SCALARS`.
+    """
 
     lr: float | Tensor
     momentum: float | Tensor = 0.0
     dampening: float | Tensor = 0.0
     weight_decay: float | Tensor = 0.0
-    grad_scale: float = 1.0
+    grad_scale: float | Tensor = 1.0
     nesterov: bool = False
     maximize: bool = False
     formulation: str = "torch"
@@ -85,7 +126,7 @@ class SgdHyper(NamedTuple):
     clip: Tensor | None = None  # multiplies the gradients; the kernels get it by another way
 
     @classmethod
-    def of_group(cls, group: dict[str, Any], grad_scale: float = 1.0) -> SgdHyper:
+    def of_group(cls, group: dict[str, Any], grad_scale: float | Tensor = 1.0) -> SgdHyper:
         """Reads an entry of ``param_groups``, which users change between steps."""
         check_formulation(group["formulation"])
         check_state_dtype(group["state_dtype"])
@@ -107,8 +148,27 @@ class SgdHyper(NamedTuple):
 
     @property
     def state_key(self) -> str | None:
-        """Where the state keeps the momentum; None if there is none."""
-        return STATE_KEY[self.formulation] if self.momentum != 0 else None
+        """Where the state keeps the momentum; None if there is none.
+
+        A tensor may hold another number at the next step, so that there is one with any tensor.
+        """
+        has_momentum = isinstance(self.momentum, Tensor) or self.momentum != 0
+        return STATE_KEY[self.formulation] if has_momentum else None
+
+    @property
+    def may_dampen(self) -> bool:
+        """Whether the first step of a parameter differs from those after it."""
+        return bool(visible(self.dampening, "dampening") != 0)
+
+    def numbers(self) -> SgdHyper:
+        """The same without tensors; waits for the GPU where one is there."""
+        return self._replace(
+            lr=float(self.lr),
+            momentum=float(self.momentum),
+            dampening=float(self.dampening),
+            weight_decay=float(self.weight_decay),
+            grad_scale=float(self.grad_scale),
+        )
 
     @property
     def refinement_key(self) -> str | None:
@@ -126,8 +186,8 @@ class SgdHyper(NamedTuple):
 class ClipHyper(NamedTuple):
     """How gradients are clipped: by the 2-norm of all, or by their largest magnitude."""
 
-    max_norm: float
-    grad_scale: float = 1.0
+    max_norm: float | Tensor
+    grad_scale: float | Tensor = 1.0
     infinity: bool = False
 
     @property

@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fused_opt import _composite, _rounding
-from fused_opt._hyper import ClipHyper, SgdHyper, as_scalar
+from fused_opt._counter import is_capturing
+from fused_opt._hyper import SCALARS, ClipHyper, SgdHyper, as_scalar
 from fused_opt._native import native
 from fused_opt._rounding import Rounding
 
 _STREAMS = ("params", "grads", "momentum_buffers", "shadows", "refinements")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CPU = -1  # as a device index
+_ALL_GROUPS = -1
 
 
 class Rows(NamedTuple):
@@ -73,12 +75,29 @@ class Clip(NamedTuple):
         return self.total.to(self.dtype, copy=True)
 
 
-class Plan:
-    """The tensors of one step, from optimizer state or lists to one launch per device."""
+class Gate(NamedTuple):
+    """What decides on the device whether a step is taken, and what counts it there if it is.
 
-    def __init__(self) -> None:
+    Any ``found_inf`` but 0 skips. The counters are on ``home``, the device to run them on.
+    """
+
+    found_inf: Tensor | None
+    counters: list[Tensor]
+    home: torch.device
+
+
+class Plan:
+    """The tensors of one step, from optimizer state or lists to one launch per device.
+
+    Args:
+        keeps_memory: what a step needs on a device serves the next one too. Steps must then follow
+            each other on one stream.
+    """
+
+    def __init__(self, keeps_memory: bool = False) -> None:
         self._module = native()
         self._native = self._module.Plan()
+        self._kept: dict[tuple[str, int], list[Tensor]] | None = {} if keeps_memory else None
         self.clear(lambda stream, _: stream)
 
     def clear(self, subject: Callable[[str, Tensor], str]) -> None:
@@ -92,6 +111,8 @@ class Plan:
         # Tensors, their dense copies that are updated, and whether to copy them back.
         self._copies: list[tuple[Tensor, Tensor, bool]] = []
         self._scalars: list[Tensor] = []  # on the device, alive until the launch
+        self._tensors: list[dict[int, Tensor]] = []  # hyper-parameters of groups, by their scalar
+        self._rounding_steps: Tensor | None = None  # on a device, besides those in the groups
         self._for_torch: list[Callable[[Tensor | None], None]] = []
         self._torch_grads: list[Tensor] = []  # that no kernel reaches
 
@@ -101,7 +122,7 @@ class Plan:
         state: dict[Tensor, Any],
         shadows: dict[Tensor, Tensor] | None,
         hyper: SgdHyper,
-        decay: float,
+        decay: float | Tensor,
         rounding: Rounding | None = None,
     ) -> Rows:
         """Adds the parameters of a group that have a gradient, and their shadows.
@@ -111,7 +132,7 @@ class Plan:
         Returns:
             Those that were not added, because ``state`` does not hold all of theirs yet.
         """
-        group = self._group(params, hyper, decay, rounding)
+        group = self._group(hyper, decay, rounding)
         first_ordinal = rounding.ordinals[0] if rounding is not None and params else 0
         fresh, refused, for_torch, scattered = self._checked(
             self._native.add_param_group,
@@ -133,30 +154,41 @@ class Plan:
             self._add_refused(rows(refused), for_torch, scattered, group, hyper, decay, False)
         return rows(fresh)
 
-    def add_sgd(self, rows: Rows, hyper: SgdHyper, decay: float) -> None:
+    def add_sgd(self, rows: Rows, hyper: SgdHyper, decay: float | Tensor) -> None:
         """Adds momentum SGD on rows that have all their momentum, and the EMA of their shadows."""
         self._add(rows, hyper, decay, first=False)
 
-    def add_first_sgd(self, rows: Rows, hyper: SgdHyper, decay: float) -> None:
+    def add_first_sgd(self, rows: Rows, hyper: SgdHyper, decay: float | Tensor) -> None:
         """Adds the first step of rows, which is not dampened.
 
         ``rows.momentum_buffers`` holds None everywhere; after ``run``, the new momentum.
         """
         if rows.momentum_buffers is not None:
-            # With -0.0, momentum * buffer + g is g to the last bit, also where g is -0.0.
             rows.momentum_buffers[:] = [
-                torch.full_like(param, -0.0, dtype=hyper.momentum_dtype(param), requires_grad=False)
-                if isinstance(param, Tensor)
-                else None  # refused below
+                new_momentum(param, hyper) if isinstance(param, Tensor) else None  # refused below
                 for param in rows.params
             ]
         self._add(rows, hyper._replace(dampening=0.0), decay, first=True)
+
+    def require_no_capture(self, new: Rows) -> None:
+        """Raises RuntimeError for rows without state while a CUDA graph is captured.
+
+        The graph would hold what makes the state, and start from it at each replay.
+        """
+        param, momentums = new.params[0], new.momentum_buffers
+        if not (isinstance(param, Tensor) and is_capturing(param.device)):
+            return
+        missing = "momentum_buffers" if momentums and momentums[0] is None else "refinements"
+        raise RuntimeError(
+            f"{self._subject(missing, param)}: expected the state to exist before a CUDA graph is "
+            "captured; use SGD(capturable=True), or take a step before the capture"
+        )
 
     def add_ema(
         self,
         params: list[Tensor],
         shadows: list[Tensor],
-        decay: float,
+        decay: float | Tensor,
         refinements: list[Tensor | None] | None = None,
     ) -> None:
         """Adds the EMA of parameters that this step does not change."""
@@ -165,7 +197,7 @@ class Plan:
     def add_remaining_ema(
         self,
         shadows: dict[Tensor, Tensor],
-        decay: float,
+        decay: float | Tensor,
         refinement: Callable[[Tensor], Tensor | None] = lambda _: None,
         roundings: Callable[[], dict[Tensor, Rounding]] = dict,
     ) -> None:
@@ -191,20 +223,22 @@ class Plan:
             some = rows.take(indices)
             if key is not None:
                 ordinals = [found[param].ordinals[0] for param in some.params]
-                some = some._replace(rounding=Rounding(*key, ordinals))
+                rounding = found[some.params[0]]._replace(ordinals=ordinals)
+                some = some._replace(rounding=rounding)
             self._add(some, None, decay, first=False)
 
     def run_ema(
         self,
         shadows: dict[Tensor, Tensor],
-        decay: float,
+        decay: float | Tensor,
         subject: Callable[[str, Tensor], str],
+        gate: Gate | None = None,
     ) -> None:
         """A whole step that updates averages alone."""
         self.clear(subject)
         try:
             self.add_remaining_ema(shadows, decay)
-            self.run()
+            self.run(gate=gate)
         finally:
             self.clear(subject)
 
@@ -216,23 +250,19 @@ class Plan:
         self._checked(self._native.add_grads, copies, True)
         self._copies += [(grads[i], c, True) for i, c in zip(scattered, copies, strict=True)]
 
-    def grad_norm(
-        self, hyper: ClipHyper, home: torch.device, scratch: dict[int, Tensor] | None = None
-    ) -> Clip:
+    def grad_norm(self, hyper: ClipHyper, home: torch.device) -> Clip:
         """The norm of all gradients that were added. Changes nothing.
 
         Args:
             hyper: which norm, and by what it clips.
             home: where the result is.
-            scratch: device memory, to be used again by the next call.
         """
         self._fill_copies()
-        scratch = {} if scratch is None else scratch
         found, dtype = [], torch.float32
         for device in self._native.devices():
             chunks, has_float64 = self._native.norm_chunks(device)
             if chunks:
-                found.append(self._norm_on(device, chunks, hyper, scratch))
+                found.append(self._norm_on(device, chunks, hyper))
                 dtype = torch.float64 if has_float64 else dtype
         if len(found) == 1 and not self._torch_grads and found[0].device == home:
             return Clip(found[0][0], found[0][1], dtype)
@@ -246,18 +276,38 @@ class Plan:
         norms = norms or [torch.zeros((), device=home, dtype=wide)]
         return Clip(*_composite.clip_coefficient(norms, hyper), dtype)
 
-    def _norm_on(
-        self, device: int, chunks: int, hyper: ClipHyper, scratch: dict[int, Tensor]
-    ) -> Tensor:
+    def _norm_on(self, device: int, chunks: int, hyper: ClipHyper) -> Tensor:
         """The norm and the coefficient, as if the gradients of a device were all there are."""
-        size = 2 if device == _CPU else 2 + chunks
-        memory = scratch.get(device)
-        if memory is None or memory.numel() < size:
-            where = torch.device("cpu") if device == _CPU else torch.device("cuda", device)
-            memory = scratch[device] = torch.empty(size, dtype=torch.float64, device=where)
-        native_hyper = self._module.ClipHyper(**hyper._asdict())
+        memory = self._memory("norm", device, 2 if device == _CPU else 2 + chunks)
+        max_norm, of_max_norm = self._number_and_address(hyper.max_norm, "max_grad_norm", device)
+        scale, of_scale = self._number_and_address(hyper.grad_scale, "grad_scale", device)
+        native_hyper = self._module.ClipHyper(
+            max_norm=max_norm, grad_scale=scale, infinity=hyper.infinity
+        )
+        if of_max_norm is not None:
+            native_hyper.set_max_norm(*of_max_norm)
+        if of_scale is not None:
+            native_hyper.set_grad_scale(*of_scale)
         self._launch(device, self._native.grad_norm, native_hyper, memory.data_ptr())
         return memory
+
+    def reserve(self, device: torch.device, groups: int, elements: list[int]) -> None:
+        """Takes the memory of steps to come, with so many groups and gradients of these sizes."""
+        index = _index_of(device)
+        chunk = self._module.norm_chunk_elements
+        chunks = sum(-(-numel // chunk) for numel in elements)
+        self._memory("norm", index, 2 if index == _CPU else 2 + chunks)
+        if index != _CPU:
+            self._memory("groups", index, groups * self._module.group_bytes // 8)
+
+    def _memory(self, what: str, device: int, doubles: int) -> Tensor:
+        """Memory on a device, kept for the next step if the plan keeps any."""
+        held = [] if self._kept is None else self._kept.setdefault((what, device), [])
+        if not held or held[-1].numel() < doubles:
+            # What is outgrown stays: a captured graph may use it. All of it is less than the last.
+            size = max(doubles, 2 * held[-1].numel()) if held else doubles
+            held.append(torch.empty(size, dtype=torch.float64, device=_device_of(device)))
+        return held[-1]
 
     def check(self) -> None:
         """Checks what can only be checked on the whole.
@@ -276,18 +326,93 @@ class Plan:
                 f"it where there is an nvcc, 12.1 or newer: {_rebuild_command(on_gpu[0])}"
             )
 
-    def run(self, clip: Clip | None = None) -> None:
-        """Updates everything, with clipped gradients if asked; raises as :meth:`check` does."""
+    @property
+    def has_torch_rows(self) -> bool:
+        """Whether some of the step is run by torch, which no device can skip."""
+        return bool(self._for_torch)
+
+    def run(self, clip: Clip | None = None, gate: Gate | None = None) -> None:
+        """Updates everything, with clipped gradients if asked; raises as :meth:`check` does.
+
+        With a ``found_inf`` in the gate there must be no rows for torch.
+        """
         self.check()
         increment_version(self._native.written())
         for step in self._for_torch:
             step(None if clip is None else clip.coefficient)
         self._fill_copies()
-        for device in self._native.devices():
-            if clip is not None:
-                self._native.set_clip(*self._coefficient_on(device, clip))
-            self._launch(device, self._native.run)
+        devices = self._native.devices()
+        if gate is not None and _index_of(gate.home) not in devices:
+            devices.append(_index_of(gate.home))
+        steps = self._rounding_steps
+        # Copied before a device counts this step.
+        steps_on = {d: None if steps is None else steps.to(_device_of(d)) for d in devices}
+        for device in devices:
+            memory = self._set_scalars(device, clip, gate, steps_on[device])
+            self._launch(device, self._native.run, 0 if memory is None else memory.data_ptr())
         self._write_copies()
+
+    def _set_scalars(
+        self, device: int, clip: Clip | None, gate: Gate | None, rounding_steps: Tensor | None
+    ) -> Tensor | None:
+        """Tells the native plan what it has to read on a device, and returns the memory for it."""
+        if not self._tensors and clip is None and gate is None and rounding_steps is None:
+            return None
+        if rounding_steps is not None:
+            self._scalars.append(rounding_steps)
+            self._native.set_rounding_steps(rounding_steps.data_ptr())
+        for key, tensors in enumerate(self._tensors):
+            for which, tensor in tensors.items():
+                self._native.set_scalar(key, which, *self._address_on(device, tensor))
+        if clip is not None:
+            address = self._address_on(device, clip.coefficient, from_host=True)
+            self._native.set_scalar(_ALL_GROUPS, SCALARS.index("clip"), *address)
+        if gate is not None:
+            self._set_gate(device, gate)
+        size = 0 if device == _CPU else self._native.memory_bytes(device)
+        if size == 0:
+            return None
+        memory = self._memory("groups", device, size // 8)
+        self._scalars.append(memory)
+        return memory
+
+    def _set_gate(self, device: int, gate: Gate) -> None:
+        address = 0
+        if gate.found_inf is not None:
+            found = gate.found_inf.to(_device_of(device))
+            if found.dtype != torch.float32:
+                found = (found != 0).to(torch.float32)
+            self._scalars.append(found)
+            address = found.data_ptr()
+        counters = gate.counters if _index_of(gate.home) == device else []
+        self._native.set_gate(address, [counter.data_ptr() for counter in counters])
+
+    def _address_on(self, device: int, tensor: Tensor, from_host: bool = False) -> tuple[int, bool]:
+        """Where a device reads a number, and whether it is a double; 0 where it need not.
+
+        A tensor on the CPU is known as a number, and a GPU is not made to wait for its copy.
+        """
+        if device != _CPU and not tensor.is_cuda and not from_host:
+            return 0, False
+        if tensor.dtype not in (torch.float64, torch.float32):
+            tensor = tensor.to(torch.float64)
+        if tensor.get_device() != device:
+            tensor = tensor.to(_device_of(device))
+        self._scalars.append(tensor)
+        return tensor.data_ptr(), tensor.dtype == torch.float64
+
+    def _number_and_address(
+        self, value: float | Tensor, name: str, device: int
+    ) -> tuple[float, tuple[int, bool] | None]:
+        """A hyper-parameter as a number, as far as the host knows it, and where a device reads it.
+
+        A tensor on a GPU is not read: rows on that GPU get it by its address.
+        """
+        if not isinstance(value, Tensor):
+            return value, None
+        value = as_scalar(value, name)
+        number = 0.0 if value.is_cuda else float(value)  # type: ignore[union-attr]
+        return number, self._address_on(device, value)  # type: ignore[arg-type]
 
     def scale_grads(self, clip: Clip) -> None:
         """Multiplies all gradients that were added; to be called after :meth:`check`."""
@@ -326,10 +451,10 @@ class Plan:
             code, message = error.args
             raise RuntimeError(f"{message}. {cuda_advice(code, device)}") from None
 
-    def _add(self, rows: Rows, hyper: SgdHyper | None, decay: float, first: bool) -> None:
+    def _add(self, rows: Rows, hyper: SgdHyper | None, decay: float | Tensor, first: bool) -> None:
         if not rows.params:
             return
-        group = self._group(rows.params, hyper, decay, rows.rounding)
+        group = self._group(hyper, decay, rows.rounding)
         for_torch, scattered = self._checked(self._native.add, *rows.offered, group, False)
         if for_torch or scattered:
             self._add_refused(rows, for_torch, scattered, group, hyper, decay, first)
@@ -341,7 +466,7 @@ class Plan:
         scattered: list[int],
         group: Any,
         hyper: SgdHyper | None,
-        decay: float,
+        decay: float | Tensor,
         first: bool,
     ) -> None:
         """Adds rows that the kernels do not take as they are: as copies, or to be run by torch."""
@@ -349,43 +474,57 @@ class Plan:
             copies = self._dense_copies(rows.take(scattered), hyper)
             self._checked(self._native.add, *copies.offered, group, True)
         if for_torch:
-            self._add_for_torch(rows, for_torch, hyper, decay, first)
+            numbers = None if hyper is None else hyper.numbers()
+            self._add_for_torch(rows, for_torch, numbers, float(decay), first)
 
     def _group(
-        self,
-        params: list[Tensor],
-        hyper: SgdHyper | None,
-        decay: float,
-        rounding: Rounding | None,
+        self, hyper: SgdHyper | None, decay: float | Tensor, rounding: Rounding | None
     ) -> Any:
-        seed_and_step = None if rounding is None else (rounding.seed, rounding.step)
+        seed_and_step = None
+        if rounding is not None:
+            seed_and_step = rounding.seed, rounding.step
+            self._rounding_steps = rounding.on_device
         if hyper is None:
-            return self._module.Group(decay=decay, rounding=seed_and_step)
-        lr, device_lr = self._learning_rate(hyper.lr, params)
+            numbers, tensors = self._numbers((decay,), ("decay",))
+            return self._module.Group(decay=numbers[0], tensors=tensors, rounding=seed_and_step)
+        numbers, tensors = self._numbers((*hyper[:5], decay), SCALARS)
         return self._module.Group(
-            lr=lr,
-            momentum=float(hyper.momentum),
-            dampening=float(hyper.dampening),
-            weight_decay=float(hyper.weight_decay),
-            grad_scale=hyper.grad_scale,
+            lr=numbers[0],
+            momentum=numbers[1],
+            dampening=numbers[2],
+            weight_decay=numbers[3],
+            grad_scale=numbers[4],
             nesterov=hyper.nesterov,
             maximize=hyper.maximize,
             decoupled_weight_decay=hyper.decoupled_weight_decay,
             sutskever=hyper.formulation == "sutskever",
             reset_grads=hyper.reset_grads,
-            decay=decay,
-            device_lr=device_lr,
+            decay=numbers[5],
+            tensors=tensors,
             rounding=seed_and_step,
         )
 
-    def _learning_rate(self, lr: float | Tensor, params: list[Tensor]) -> tuple[float, int]:
-        """The number, or the address of an fp64 scalar: on the parameters' GPU it is not read."""
-        lr = as_scalar(lr, "lr")
-        if isinstance(lr, Tensor) and lr.is_cuda and all(p.device == lr.device for p in params):
-            scalar = lr.detach().to(torch.float64)
-            self._scalars.append(scalar)
-            return 0.0, scalar.data_ptr()
-        return float(lr), 0
+    def _numbers(
+        self, values: tuple[float | Tensor, ...], names: tuple[str, ...]
+    ) -> tuple[tuple[float | Tensor, ...], int]:
+        """The values as far as the host knows them, and the key of those that are tensors."""
+        for value in values:
+            # Most are numbers, and asking a number's type costs less than what else it may be.
+            if type(value) is not float and isinstance(value, Tensor):
+                break
+        else:
+            return values, _ALL_GROUPS
+        numbers: list[float] = []
+        tensors: dict[int, Tensor] = {}
+        for value, name in zip(values, names, strict=False):
+            scalar = as_scalar(value, name)
+            hidden = False
+            if isinstance(scalar, Tensor):
+                tensors[SCALARS.index(name)] = scalar
+                hidden = scalar.is_cuda
+            numbers.append(0.0 if hidden else float(scalar))
+        self._tensors.append(tensors)
+        return tuple(numbers), len(self._tensors) - 1
 
     def _dense_copies(self, rows: Rows, hyper: SgdHyper | None) -> Rows:
         """Replaces tensors so that each row has one dense order: its parameter's, if that is dense.
@@ -429,7 +568,7 @@ class Plan:
                     rows.shadows or [],
                     _composite.Refined(rows.params, rows.refinements).values,
                     decay,
-                    rows.rounding,
+                    None if rows.rounding is None else rows.rounding.on_host(),
                 )
             )
             return
@@ -440,7 +579,7 @@ class Plan:
             momentums = [] if rows.momentum_buffers is None else rows.momentum_buffers
             if first:
                 momentums[:] = [None] * len(momentums)  # a sparse gradient has a sparse one
-            rounding = rows.rounding
+            rounding = None if rows.rounding is None else rows.rounding.on_host()
             refined = _composite.Refined(rows.params, rows.refinements, rounding)
             wide = _rounding.widened(momentums, rounding)
             clipping = hyper._replace(clip=clip)
@@ -507,6 +646,23 @@ class Plan:
             kind, param, stream, message = error.args
             subject = self._subject(_STREAMS[stream], param)
         raise kind(f"{subject}: {message}")
+
+
+def new_momentum(param: Tensor, hyper: SgdHyper) -> Tensor:
+    """The momentum before a parameter's first step.
+
+    With -0.0, momentum * buffer + g is g to the last bit, also where g is -0.0.
+    """
+    dtype = hyper.momentum_dtype(param)
+    return torch.full_like(param, -0.0, dtype=dtype, requires_grad=False)
+
+
+def _device_of(index: int) -> torch.device:
+    return torch.device("cpu") if index == _CPU else torch.device("cuda", index)
+
+
+def _index_of(device: torch.device) -> int:
+    return _CPU if device.type == "cpu" else device.index
 
 
 class _Local(threading.local):

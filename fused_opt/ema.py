@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fused_opt._counter import Counter, is_capturing
 from fused_opt._hyper import check_decay
-from fused_opt._plan import Plan
+from fused_opt._plan import Gate, Plan
 
 if TYPE_CHECKING:
     from fused_opt.sgd import SGD
@@ -37,7 +38,8 @@ class EMA:
     Args:
         model_or_params: a module, whose parameters are known by name; or an iterable of tensors,
             which are then named "0", "1" and so on, or of (name, tensor) pairs.
-        decay: β, in [0, 1].
+        decay: β, in [0, 1]; a one-element tensor may be changed in place between updates, and on
+            the parameters' GPU it is read there.
 
     Raises:
         ValueError: decay outside [0, 1], no parameters, or a name that occurs twice.
@@ -59,9 +61,9 @@ class EMA:
         True
     """
 
-    def __init__(self, model_or_params: ModelOrParams, decay: float = 0.999) -> None:
+    def __init__(self, model_or_params: ModelOrParams, decay: float | Tensor = 0.999) -> None:
         self.decay = decay
-        self.num_updates = 0
+        self._updates = Counter("num_updates of the EMA")
         # An iterable can be walked only once, a module gains and loses parameters.
         self._source: nn.Module | list[tuple[str, Tensor]] = (
             model_or_params if isinstance(model_or_params, nn.Module) else _named(model_or_params)
@@ -70,32 +72,48 @@ class EMA:
         self._shadow_of: dict[Tensor, Tensor] = {}
         self._backup: list[Tensor] | None = None  # the weights, while the shadows are applied
         self._optimizer: weakref.ref[SGD] | None = None
-        self._plan = Plan()
+        self._plan = Plan(keeps_memory=True)
         self.register()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the optimizer, which attaches its copy of the EMA itself."""
         state = self.__dict__.copy()
-        del state["_plan"]
+        del state["_plan"], state["_updates"]
+        state["num_updates"] = self.num_updates
         state["_optimizer"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        self._updates = Counter("num_updates of the EMA", state.pop("num_updates"))
         self.__dict__.update(state)
-        self._plan = Plan()
+        self._plan = Plan(keeps_memory=True)
 
     def __repr__(self) -> str:
         return f"EMA({len(self._params)} parameters, decay={self.decay})"
 
     @property
-    def decay(self) -> float:
-        """β, in [0, 1]; may be changed between updates."""
+    def decay(self) -> float | Tensor:
+        """β, in [0, 1]; may be changed between updates, a tensor also in place."""
         return self._decay
 
     @decay.setter
-    def decay(self, decay: float) -> None:
+    def decay(self, decay: float | Tensor) -> None:
         check_decay(decay)
-        self._decay = float(decay)
+        self._decay = decay if isinstance(decay, Tensor) else float(decay)
+
+    @property
+    def num_updates(self) -> int:
+        """How often the shadows were updated.
+
+        Updates that were replayed in a CUDA graph, or that a GPU could have skipped, are counted
+        there, and asking for them waits for the GPU.
+        """
+        return int(self._updates)
+
+    @num_updates.setter
+    def num_updates(self, count: int) -> None:
+        self._updates.set(count)
 
     @property
     def shadows(self) -> dict[str, Tensor]:
@@ -140,8 +158,19 @@ class EMA:
                 "update: this EMA is attached to an optimizer, whose every step updates it; "
                 "detach it with `optimizer.ema = None` to update it yourself"
             )
-        self._plan.run_ema(self._shadow_of, self.decay, self._subject)
-        self.num_updates += 1
+        check_decay(self._decay)
+        gate = self._gate()
+        self._plan.run_ema(self._shadow_of, self._decay, self._subject, gate)
+        if gate is None:
+            self._updates.add()
+
+    def _gate(self) -> Gate | None:
+        """Counts a captured update where it is replayed."""
+        home = next(iter(self._shadow_of.values())).device
+        if home.type != "cuda":
+            return None
+        counter = self._updates.on(home)  # which a capture would come too late to make
+        return Gate(None, [counter], home) if is_capturing(home) else None
 
     def _subject(self, stream: str, param: Tensor) -> str:
         """Names a tensor at fault by its parameter's name."""
@@ -210,8 +239,12 @@ class EMA:
             target.copy_(shadows[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns ``{"decay", "num_updates", "shadows": {name: tensor}}``, without copying."""
-        return {"decay": self.decay, "num_updates": self.num_updates, "shadows": self.shadows}
+        """Returns ``{"decay", "num_updates", "shadows": {name: tensor}}``, without copying.
+
+        The decay is a number, also where it is kept as a tensor.
+        """
+        decay, num_updates = float(self._decay), self.num_updates
+        return {"decay": decay, "num_updates": num_updates, "shadows": self.shadows}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -232,7 +265,10 @@ class EMA:
         _check_match("state_dict['shadows']", state_dict["shadows"], shadows)
         for name, shadow in shadows.items():
             shadow.copy_(state_dict["shadows"][name])
-        self.decay = state_dict["decay"]
+        if isinstance(self._decay, Tensor):
+            self._decay.fill_(state_dict["decay"])
+        else:
+            self.decay = state_dict["decay"]
         self.num_updates = state_dict["num_updates"]
 
     @property

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_opt._hyper import SgdHyper, check_decay, check_formulation, check_state_dtype
+from fused_opt._hyper import (
+    HIDDEN,
+    SgdHyper,
+    check_decay,
+    check_formulation,
+    check_state_dtype,
+    visible,
+)
 from fused_opt._plan import Rows, thread_plan
 from fused_opt._rounding import Rounding, check_uint64
 
@@ -23,9 +30,9 @@ def sgd_step_(
     momentum_buffers: list[Tensor | None] | None,
     *,
     lr: float | Tensor,
-    momentum: float = 0,
-    dampening: float = 0,
-    weight_decay: float = 0,
+    momentum: float | Tensor = 0,
+    dampening: float | Tensor = 0,
+    weight_decay: float | Tensor = 0,
     nesterov: bool = False,
     maximize: bool = False,
     formulation: str = "torch",
@@ -33,7 +40,7 @@ def sgd_step_(
     reset_grads: bool = False,
     state_dtype: torch.dtype | None = None,
     shadows: Sequence[Tensor | None] | None = None,
-    decay: float | None = None,
+    decay: float | Tensor | None = None,
     refinements: Sequence[Tensor | None] | None = None,
     rounding: tuple[int, int] | None = None,
 ) -> None:
@@ -56,8 +63,9 @@ def sgd_step_(
         momentum_buffers: of the same shapes, devices and choice of dtypes, updated in place. None
             in the list stands for a parameter's first step, which is not dampened, and is replaced
             by the new buffer. The list itself may be None or empty if momentum is 0.
-        lr: the learning rate, or a one-element tensor; on the parameters' GPU it is read there.
-        momentum: 0 keeps no buffers.
+        lr: the learning rate. It, ``momentum``, ``dampening``, ``weight_decay`` and ``decay`` may
+            be one-element tensors; on the parameters' GPU they are read there, and not checked.
+        momentum: 0 keeps no buffers; a tensor always does.
         dampening: scales the gradient on its way into the buffer by ``1 - dampening``.
         weight_decay: L2 penalty, added to the gradient.
         nesterov: steps along the momentum of the next step.
@@ -134,8 +142,10 @@ def sgd_step_(
     later = [i for i in range(len(params)) if i not in set(first)] if first else None
     first_rows, later_rows = rows.take(first), rows if later is None else rows.take(later)
     with thread_plan(params) as plan:
-        plan.add_first_sgd(first_rows, hyper, decay or 0.0)
-        plan.add_sgd(later_rows, hyper, decay or 0.0)
+        if first:
+            plan.require_no_capture(first_rows)
+        plan.add_first_sgd(first_rows, hyper, 0.0 if decay is None else decay)
+        plan.add_sgd(later_rows, hyper, 0.0 if decay is None else decay)
         plan.run()
     if momentum_buffers is not None:
         for i, new in zip(first, first_rows.momentum_buffers or (), strict=True):
@@ -143,7 +153,9 @@ def sgd_step_(
 
 
 @torch.no_grad()
-def ema_update_(shadows: Sequence[Tensor], params: Sequence[Tensor], *, decay: float) -> None:
+def ema_update_(
+    shadows: Sequence[Tensor], params: Sequence[Tensor], *, decay: float | Tensor
+) -> None:
     r"""One step of the exponential moving average of every parameter.
 
     .. math:: s \leftarrow s + (1 - \beta)(p - s)
@@ -155,7 +167,7 @@ def ema_update_(shadows: Sequence[Tensor], params: Sequence[Tensor], *, decay: f
             float64.
         params: of the same shapes and devices; float32, bfloat16 or float16, or float64 beside a
             float64 or float32 average.
-        decay: β, in [0, 1].
+        decay: β, in [0, 1]; a one-element tensor on the parameters' GPU is read there.
 
     Raises:
         ValueError: lists of different length, tensors that differ in shape or device or share
@@ -181,14 +193,14 @@ def _check(hyper: SgdHyper) -> None:
     """The checks of the ``torch.optim.SGD`` constructor, and of what it does not have."""
     if isinstance(hyper.lr, Tensor) and hyper.lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    on_gpu = isinstance(hyper.lr, Tensor) and hyper.lr.is_cuda  # to look would wait for the GPU
-    if not on_gpu and hyper.lr < 0.0:
-        raise ValueError(f"Invalid learning rate: {hyper.lr}")
-    if hyper.momentum < 0.0:
-        raise ValueError(f"Invalid momentum value: {hyper.momentum}")
-    if hyper.weight_decay < 0.0:
-        raise ValueError(f"Invalid weight_decay value: {hyper.weight_decay}")
-    if hyper.nesterov and (hyper.momentum <= 0 or hyper.dampening != 0):
+    names = {"lr": "learning rate", "momentum": "momentum value", "weight_decay": "weight_decay"}
+    numbers = {name: visible(getattr(hyper, name), name) for name in (*names, "dampening")}
+    for name, words in names.items():
+        if numbers[name] is not HIDDEN and numbers[name] < 0.0:
+            raise ValueError(f"Invalid {words}: {numbers[name]}")
+    has_momentum = numbers["momentum"] is HIDDEN or numbers["momentum"] > 0
+    undamped = numbers["dampening"] is HIDDEN or numbers["dampening"] == 0
+    if hyper.nesterov and not (has_momentum and undamped):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
     check_formulation(hyper.formulation)
     check_state_dtype(hyper.state_dtype)

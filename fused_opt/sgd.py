@@ -10,6 +10,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from fused_opt._composite import sgd_formula
+from fused_opt._counter import Counter, is_capturing
 from fused_opt._hyper import (
     HALF_DTYPES,
     REFINEMENT_KEY,
@@ -17,13 +18,15 @@ from fused_opt._hyper import (
     ClipHyper,
     SgdHyper,
     as_scalar,
+    check_capturable,
+    check_decay,
     check_formulation,
     check_master_weights,
     check_max_grad_norm,
     check_state_dtype,
 )
 from fused_opt._masters import converted_refinement, new_refinement, store_
-from fused_opt._plan import Clip, Plan, Rows
+from fused_opt._plan import Clip, Gate, Plan, Rows, new_momentum
 from fused_opt._rounding import Rounding, check_uint64
 from fused_opt.ema import EMA
 
@@ -65,8 +68,10 @@ class SGD(torch.optim.SGD):
 
     Args:
         params: parameters, named parameters, or param groups, as for ``torch.optim.SGD``.
-        lr: the learning rate; a one-element tensor on the parameters' GPU is read there.
-        momentum: 0 keeps no momentum.
+        lr: the learning rate. It, ``momentum``, ``dampening``, ``weight_decay``, ``max_grad_norm``
+            and the EMA's decay may be one-element tensors, to be changed in place; on the
+            parameters' GPU they are read there, and nothing waits for them.
+        momentum: 0 keeps no momentum; a tensor always does.
         dampening: scales the gradient on its way into the momentum by ``1 - dampening``.
         weight_decay: λ, an L2 penalty, or decoupled from the gradient.
         nesterov: requires momentum and no dampening.
@@ -108,14 +113,19 @@ class SGD(torch.optim.SGD):
             agree on it: as ``clip_grad_norm_`` before the step, but the step multiplies each
             gradient as it reads it, and none is written. The norm, in :attr:`grad_norm`, takes one
             more pass over the gradients. None does not clip, and inf only takes the norm.
+        capturable: prepares for CUDA graphs. All state exists from the start, so that the first
+            step may be captured, and a step allocates nothing and counts on the device. Takes no
+            dampening, since the first step would differ from those after it.
 
     Raises:
         ValueError: as ``torch.optim.SGD``, with its messages; an unknown formulation,
             ``state_dtype`` or ``master_weights``; a ``rounding_seed`` out of range; a
-            ``max_grad_norm`` that is not above 0 or differs between groups; an ``ema`` that is
-            attached to another optimizer. ``step``: gradients or state that do not fit their
-            parameter, tensors that share memory. Nothing has changed.
-        RuntimeError: ``step``: the EMA's shadows are applied, or CUDA fails.
+            ``max_grad_norm`` that is not above 0 or differs between groups (as a tensor, is not the
+            same one); ``capturable`` with dampening; an ``ema`` that is attached to another
+            optimizer. ``step``: gradients or state that do not fit their parameter, tensors that
+            share memory. Nothing has changed.
+        RuntimeError: ``step``: the EMA's shadows are applied, CUDA fails, or a CUDA graph is
+            captured before there is all the state that the step needs. Nothing has changed.
 
     Example:
         >>> import torch
@@ -141,8 +151,8 @@ class SGD(torch.optim.SGD):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
+        momentum: float | Tensor = 0,
+        dampening: float | Tensor = 0,
         weight_decay: float | Tensor = 0,
         nesterov: bool = False,
         *,
@@ -158,13 +168,17 @@ class SGD(torch.optim.SGD):
         master_weights: Literal["fp32", "split", "kahan"] | None = None,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | Tensor | None = None,
+        capturable: bool = False,
     ) -> None:
+        numbers = {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        for name, number in numbers.items():
+            as_scalar(number, name)
         super().__init__(
             params,
             lr,
-            momentum,
-            dampening,
+            momentum,  # type: ignore[arg-type]
+            dampening,  # type: ignore[arg-type]
             weight_decay,
             nesterov,
             maximize=maximize,
@@ -190,9 +204,11 @@ class SGD(torch.optim.SGD):
             rounding_seed=rounding_seed,
             rounding_steps=0,
             max_grad_norm=max_grad_norm,
+            capturable=capturable,
         )
         self._complete_groups()
         self._start(ema)
+        self._prepare_capture()
 
     def _complete_groups(self) -> None:
         """Gives every group our own options, where it has none, and checks them."""
@@ -203,9 +219,10 @@ class SGD(torch.optim.SGD):
             check_state_dtype(group["state_dtype"])
             check_master_weights(group["master_weights"])
             _check_rounding(group)
+            check_capturable(group)
         self._max_grad_norm()
 
-    def _max_grad_norm(self) -> float | None:
+    def _max_grad_norm(self) -> float | Tensor | None:
         """What all groups say, which users change between steps."""
         max_norm = _common_max_grad_norm(self.param_groups)
         if max_norm is not None and self.defaults["differentiable"]:
@@ -213,25 +230,38 @@ class SGD(torch.optim.SGD):
         return max_norm
 
     def _start(self, ema: EMA | None) -> None:
-        self._plan = Plan()
+        self._plan = Plan(keeps_memory=True)
         self._clip: Clip | None = None
-        self._scratch: dict[int, Tensor] = {}
+        # Where fused_opt.GradScaler wants to be told whether gradients are infinite, for one step.
+        self._sought_inf: Tensor | None = None
+        # Steps that only a device knows to be taken, beside those in the groups.
+        self._rounding_steps = Counter("rounding_steps")
         self._ema: EMA | None = None
         self.ema = ema
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and deep copies take the EMA along, which then tracks the copied parameters."""
+        self._settle_roundings()
         return {**super().__getstate__(), "ema": self._ema}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         # load_state_dict comes here too, without an EMA: the one that is attached stays.
+        is_loading = "ema" not in state
         ema = state.pop("ema", self.__dict__.get("_ema"))
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for option, default in _OWN_OPTIONS.items():
             self.defaults.setdefault(option, default)
         self._complete_groups()
         self._start(ema)
+        if not is_loading:
+            self._prepare_capture()
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what ``torch.optim.SGD`` does, with our options in the param groups."""
+        self._settle_roundings()
+        return super().state_dict()
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -248,11 +278,14 @@ class SGD(torch.optim.SGD):
                 {**{option: own[option] for option in _OWN_OPTIONS}, **group}
                 for own, group in zip(self.param_groups, groups, strict=True)
             ]
+            for group in groups:
+                check_capturable({**self.defaults, **group})
             _common_max_grad_norm(groups)
             for group in groups:
                 _check_rounding(group)
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._restore_dtypes(state_dict)
+        self._prepare_capture()
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """Takes the state as it was saved, where torch has rounded it to the parameter's dtype."""
@@ -277,11 +310,66 @@ class SGD(torch.optim.SGD):
             check_state_dtype(param_group.get("state_dtype"))
             check_master_weights(param_group.get("master_weights"))
             _check_rounding({**_OWN_OPTIONS, **param_group})
+            check_capturable({"capturable": False, **self.defaults, **param_group})
             if "max_grad_norm" in self.defaults:  # not while the constructor adds its groups
                 known = self.param_groups[0]
                 param_group.setdefault("max_grad_norm", known["max_grad_norm"])
                 _common_max_grad_norm([known, param_group])
         super().add_param_group(param_group)
+        if "_plan" in self.__dict__:  # again, not before the constructor is through
+            try:
+                self._prepare_capture()
+            except ValueError:
+                del self.param_groups[-1]
+                raise
+
+    @torch.no_grad()
+    def _prepare_capture(self) -> None:
+        """Makes what a captured step may not, for the groups that are ``capturable``."""
+        if not self._is_capturable():
+            return
+        started = []
+        for group in self.param_groups:
+            hyper = SgdHyper.of_group(group)
+            for param in group["params"] if group["capturable"] else ():
+                refines = hyper.refinement_key is not None
+                refinement = self._start_refinement(param, hyper) if refines else None
+                started.append((param, hyper, refinement))
+        for param, hyper, refinement in started:
+            if hyper.state_key is not None and not self._has_momentum(param):
+                self.state[param][hyper.state_key] = new_momentum(param, hyper)
+            if refinement is not None:
+                self._keep_refinement(param, refinement, hyper.refinement_key)
+        self._reserve()
+
+    def _reserve(self) -> None:
+        """Takes the memory that steps use on devices, and makes the counter there."""
+        home = self._home()
+        if home is None:
+            return
+        self._rounding_steps.on(home)
+        if self._ema is not None:
+            self._ema._updates.on(home)
+        of_device: dict[torch.device, list[int]] = {home: []}
+        for param in (param for group in self.param_groups for param in group["params"]):
+            if param.device.type in _OUR_DEVICES:
+                of_device.setdefault(param.device, []).append(param.numel())
+        for device, elements in of_device.items():
+            # Of each group, as it is and as dense copies; and of what only the EMA tracks.
+            self._plan.reserve(device, 2 * len(self.param_groups) + 2, elements)
+
+    def _has_momentum(self, param: Tensor) -> bool:
+        state = self.state.get(param, {})
+        return any(state.get(key) is not None for key in STATE_KEY.values())
+
+    def _is_capturable(self) -> bool:
+        return any(group["capturable"] for group in self.param_groups)
+
+    def _home(self) -> torch.device | None:
+        """Where steps are counted on a device, if they can be."""
+        params = (param for group in self.param_groups for param in group["params"])
+        device = next((param.device for param in params), torch.device("cpu"))
+        return device if device.type in _OUR_DEVICES else None
 
     @property
     def ema(self) -> EMA | None:
@@ -297,6 +385,9 @@ class SGD(torch.optim.SGD):
         if self._ema is not None and self._ema is not ema:
             self._ema._detach()
         self._ema = ema
+        home = self._home()
+        if ema is not None and home is not None and self._is_capturable():
+            ema._updates.on(home)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -331,24 +422,76 @@ class SGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Set by torch.amp.GradScaler. On a GPU this waits for the backward pass to finish.
+        # Set by torch.amp.GradScaler.
         found_inf = getattr(self, "found_inf", None)
         grad_scale = getattr(self, "grad_scale", None)
-        scale = 1.0 if grad_scale is None else float(grad_scale)
-        if found_inf is not None and float(found_inf) != 0:
-            self._skip(scale)
-            return loss
+        grad_scale = 1.0 if grad_scale is None else grad_scale
         if self.defaults["differentiable"]:
-            self._differentiable_step(scale)
+            self._differentiable_step(found_inf, float(grad_scale))
         else:
-            self._step(scale)
-        if self._ema is not None:
-            self._ema.num_updates += 1
+            self._step(found_inf, grad_scale)
         return loss
 
     @_disable_dynamo
-    def _skip(self, grad_scale: float) -> None:
-        """What is left of a step that is skipped: infinite gradients must not stay."""
+    def _step(self, found_inf: float | Tensor | None, grad_scale: float | Tensor) -> None:
+        sought, self._sought_inf = self._sought_inf, None
+        if found_inf is not None and sought is None and not self._is_left_to_device(found_inf):
+            if float(found_inf) != 0:
+                self._skip(grad_scale)
+                return
+            found_inf = None
+        max_norm, clip, skipped = self._max_grad_norm(), None, False
+        plan = self._plan
+        plan.clear(self._subject)
+        try:
+            started = self._add_groups(grad_scale)
+            if max_norm is not None or sought is not None:
+                plan.check()
+                clip = self._take_norm(max_norm, grad_scale)
+                if sought is not None:
+                    found_inf = sought.copy_(clip.total - clip.total != 0)
+            if not isinstance(found_inf, Tensor):
+                found_inf = None
+            elif self._needs_host(found_inf, started):
+                skipped, found_inf = float(found_inf) != 0, None
+            if max_norm is None:
+                clip = None
+            if not skipped:
+                self._run(clip, found_inf)
+        finally:
+            plan.clear(self._subject)
+        self._clip = clip
+        if skipped:
+            self._reset_grads()
+        else:
+            self._keep_state(started)
+
+    def _is_left_to_device(self, found_inf: float | Tensor) -> bool:
+        """Whether a device shall see for itself if a step is skipped."""
+        if not isinstance(found_inf, Tensor) or self._home() is None:
+            return False
+        return found_inf.is_cuda or self._is_capturable()
+
+    def _needs_host(self, found_inf: Tensor, started: list[tuple[Rows, SgdHyper]]) -> bool:
+        """Whether a step must know now if it is skipped, waiting for the GPU.
+
+        No device can skip what torch runs, or a parameter's first step where the next would differ
+        because it is not the first.
+        """
+
+        def differs(rows: Rows, hyper: SgdHyper) -> bool:
+            other = STATE_KEY[_OTHER[hyper.formulation]]
+            converted = any(other in self.state.get(param, {}) for param in rows.params)
+            return rows.momentum_buffers is not None and (hyper.may_dampen or converted)
+
+        return (
+            not self._is_left_to_device(found_inf)
+            or self._plan.has_torch_rows
+            or any(differs(rows, hyper) for rows, hyper in started)
+        )
+
+    def _skip(self, grad_scale: float | Tensor) -> None:
+        """What is left of a step that the host knows to be skipped."""
         max_norm = self._max_grad_norm()
         if max_norm is not None:
             params = [param for group in self.param_groups for param in group["params"]]
@@ -358,48 +501,75 @@ class SGD(torch.optim.SGD):
                 self._clip = self._take_norm(max_norm, grad_scale)
             finally:
                 self._plan.clear(self._subject)
+        self._reset_grads()
+
+    def _reset_grads(self) -> None:
+        """Infinite gradients must not stay."""
         for group in self.param_groups:
             for param in group["params"] if group["reset_grads"] else ():
                 if param.grad is not None:
                     param.grad.zero_()
 
-    def _take_norm(self, max_norm: float, grad_scale: float) -> Clip:
-        """The norm of all gradients in the plan."""
+    def _take_norm(self, max_norm: float | Tensor | None, grad_scale: float | Tensor) -> Clip:
+        """The norm of all gradients in the plan; without clipping, one that does not overflow."""
         params = (param for group in self.param_groups for param in group["params"])
         devices = (param.grad.device for param in params if param.grad is not None)
         home = next(devices, torch.device("cpu"))
-        return self._plan.grad_norm(ClipHyper(max_norm, grad_scale), home, self._scratch)
+        if max_norm is None:
+            return self._plan.grad_norm(ClipHyper(float("inf"), infinity=True), home)
+        return self._plan.grad_norm(ClipHyper(max_norm, grad_scale), home)
 
-    @_disable_dynamo
-    def _step(self, grad_scale: float) -> None:
-        max_norm, clip = self._max_grad_norm(), None
-        ema = self._ema
+    def _add_groups(self, grad_scale: float | Tensor) -> list[tuple[Rows, SgdHyper]]:
+        """Adds everything to the plan, and returns the rows that had no complete state."""
+        plan, ema = self._plan, self._ema
         shadows = ema._shadow_of if ema is not None else None
         decay = ema.decay if ema is not None else 0.0
-        plan = self._plan
-        plan.clear(self._subject)
+        if ema is not None:
+            check_decay(decay)
         started: list[tuple[Rows, SgdHyper]] = []
-        try:
-            roundings = self._roundings()
-            for group, rounding in zip(self.param_groups, roundings, strict=True):
-                hyper = SgdHyper.of_group(group, grad_scale)
-                new = plan.add_param_group(
-                    group["params"], self.state, shadows, hyper, decay, rounding
-                )
-                if new.params:
-                    started += [(rows, hyper) for rows in self._start_state(new, hyper, decay)]
-            if shadows is not None:
-                plan.add_remaining_ema(
-                    shadows, decay, self._refinement, lambda: self._rounding_of(shadows, roundings)
-                )
-            if max_norm is not None:
-                plan.check()
-                clip = self._take_norm(max_norm, grad_scale)
-            plan.run(clip)
-        finally:
-            plan.clear(self._subject)
-        self._clip = clip
-        self._count_roundings()
+        roundings = self._roundings()
+        for group, rounding in zip(self.param_groups, roundings, strict=True):
+            if group["capturable"]:
+                check_capturable(group)
+            hyper = SgdHyper.of_group(group, grad_scale)
+            new = plan.add_param_group(group["params"], self.state, shadows, hyper, decay, rounding)
+            if new.params:
+                plan.require_no_capture(new)
+                started += [(rows, hyper) for rows in self._start_state(new, hyper, decay)]
+        if shadows is not None:
+            plan.add_remaining_ema(
+                shadows, decay, self._refinement, lambda: self._rounding_of(shadows, roundings)
+            )
+        return started
+
+    def _run(self, clip: Clip | None, found_inf: Tensor | None) -> None:
+        """Runs the plan, and counts the step: on the device if only that knows how often."""
+        counters = [] if self._ema is None else [self._ema._updates]
+        if any(group["stochastic_rounding"] for group in self.param_groups):
+            counters.append(self._rounding_steps)
+        gate = None
+        if found_inf is not None or counters:
+            gate = self._gate(found_inf, counters)
+        self._plan.run(clip, gate)
+        if gate is not None:
+            return
+        if self._ema is not None:
+            self._ema._updates.add()
+        self._count_roundings(1)
+
+    def _gate(self, found_inf: Tensor | None, counters: list[Counter]) -> Gate | None:
+        """What a device decides and counts; None if the host knows that the step is taken once."""
+        home = self._home()
+        left_to_device = found_inf is not None or self._is_capturable()
+        if home is None or not (left_to_device or home.type == "cuda"):
+            return None
+        # Where they are not needed yet too: in a capture it would be too late to make them.
+        on_home = [counter.on(home) for counter in counters]
+        if not (left_to_device or is_capturing(home)):
+            return None
+        return Gate(found_inf, on_home, home)
+
+    def _keep_state(self, started: list[tuple[Rows, SgdHyper]]) -> None:
         for rows, hyper in started:
             for i, param in enumerate(rows.params):
                 if rows.momentum_buffers is not None:
@@ -410,23 +580,28 @@ class SGD(torch.optim.SGD):
     def _roundings(self) -> list[Rounding | None]:
         """How each group rounds; None is to nearest. Parameters count through all groups."""
         roundings: list[Rounding | None] = []
-        first = 0
+        first, home = 0, self._home()
         for group in self.param_groups:
             rounding = None
             last = first + len(group["params"])
             if group["stochastic_rounding"]:
                 _check_rounding(group)
                 key = group["rounding_seed"], group["rounding_steps"]
-                rounding = Rounding(*key, range(first, last))
+                rounding = Rounding(*key, range(first, last), self._rounding_steps.held(home))
             roundings.append(rounding)
             first = last
         return roundings
 
-    def _count_roundings(self) -> None:
-        """Counts a step that was taken, for groups that round by the count."""
+    def _count_roundings(self, steps: int) -> None:
+        """Counts steps that were taken, for groups that round by the count."""
         for group in self.param_groups:
             if group["stochastic_rounding"]:
-                group["rounding_steps"] += 1
+                group["rounding_steps"] += steps
+
+    def _settle_roundings(self) -> None:
+        """Moves to the groups what a device has counted; waits for it."""
+        self._count_roundings(int(self._rounding_steps))
+        self._rounding_steps.set(0)
 
     def _rounding_of(
         self, shadows: dict[Tensor, Tensor], roundings: list[Rounding | None]
@@ -453,7 +628,7 @@ class SGD(torch.optim.SGD):
                     rounding_of[param] = rounding._replace(ordinals=[ordinal])
         return rounding_of
 
-    def _start_state(self, new: Rows, hyper: SgdHyper, decay: float) -> list[Rows]:
+    def _start_state(self, new: Rows, hyper: SgdHyper, decay: float | Tensor) -> list[Rows]:
         """Plans the step of rows whose state is not complete, and returns them with it.
 
         What is there in another form is converted; what has no momentum is at its first step.
@@ -534,7 +709,12 @@ class SGD(torch.optim.SGD):
         state[STATE_KEY[formulation]] = momentum
         state.pop(STATE_KEY[_OTHER[formulation]], None)
 
-    def _differentiable_step(self, grad_scale: float) -> None:
+    def _differentiable_step(
+        self, found_inf: float | Tensor | None, grad_scale: float | Tensor
+    ) -> None:
+        if found_inf is not None and float(found_inf) != 0:
+            self._skip(grad_scale)
+            return
         self._max_grad_norm()
         for group in self.param_groups:
             hyper = SgdHyper.of_group(group, grad_scale)
@@ -550,6 +730,7 @@ class SGD(torch.optim.SGD):
         if self._ema is not None:
             with torch.no_grad():
                 self._plan.run_ema(self._ema._shadow_of, self._ema.decay, self._subject)
+            self._ema._updates.add()
 
     def _subject(self, stream: str, param: Tensor) -> str:
         """Names a tensor at fault by its parameter's place in ``param_groups``."""
@@ -572,7 +753,10 @@ _OWN_OPTIONS = {
     "rounding_seed": 0,
     "rounding_steps": 0,
     "max_grad_norm": None,
+    "capturable": False,
 }
+
+_OUR_DEVICES = ("cpu", "cuda")
 
 
 def _check_rounding(group: dict[str, Any]) -> None:
@@ -580,17 +764,24 @@ def _check_rounding(group: dict[str, Any]) -> None:
         check_uint64(group[option], option)
 
 
-def _common_max_grad_norm(groups: list[dict[str, Any]]) -> float | None:
+def _common_max_grad_norm(groups: list[dict[str, Any]]) -> float | Tensor | None:
     """Raises ValueError unless all groups name the same, since there is one norm."""
-    found: list[float | None] = [group["max_grad_norm"] for group in groups]
+    found: list[float | Tensor | None] = [group["max_grad_norm"] for group in groups]
     for max_norm in found:
         check_max_grad_norm(max_norm)
-    if any(max_norm != found[0] for max_norm in found):
+    if any(not _is_same(max_norm, found[0]) for max_norm in found):
         raise ValueError(
             "max_grad_norm: one norm is taken over all param groups; expected the same value in "
             f"each, got {found}"
         )
     return found[0] if found else None
+
+
+def _is_same(one: float | Tensor | None, other: float | Tensor | None) -> bool:
+    """Tensors may change: they are the same only if they are one."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    return one == other
 
 
 _OTHER = {"torch": "sutskever", "sutskever": "torch"}

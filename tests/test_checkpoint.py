@@ -161,6 +161,7 @@ def test_state_is_laid_out_as_torchs():
         "rounding_seed",
         "rounding_steps",
         "max_grad_norm",
+        "capturable",
     }
     assert set(b["param_groups"][0]) <= set(a["param_groups"][0])
 

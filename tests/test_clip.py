@@ -829,7 +829,7 @@ def test_a_skipped_step_leaves_the_norm_that_is_not_finite(device, value):
 
 # --- the option ----------------------------------------------------------------------------------
 
-WRONG = [0, 0.0, -1.0, math.nan, True, False, "1", torch.tensor(1.0), [1.0]]
+WRONG = [0, 0.0, -1.0, math.nan, True, False, "1", torch.tensor(-1.0), [1.0]]
 
 
 def optimizer_with(max_norm: Any, count: int = 2, **options: Any) -> SGD:

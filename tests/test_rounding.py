@@ -359,7 +359,8 @@ def test_cuda_launches_many_rows_and_groups_with_the_bits_of_the_cpu() -> None:
 @halves
 def test_views_round_by_the_order_of_memory(dtype: torch.dtype, device: torch.device) -> None:
     def step(param: Tensor, grad: Tensor) -> None:
-        sgd_step_([param], [grad], None, lr=0.01, rounding=(1, 1))
+        first, other = torch.zeros(1, device=device), torch.zeros(1, device=device)
+        sgd_step_([first, param], [other, grad], None, lr=0.01, rounding=(1, 1))
 
     values = random_tensor((6, 10), dtype, device)
     grads = random_tensor((6, 10), torch.float32, device, seed=1)
@@ -558,20 +559,22 @@ def test_shadows_without_a_gradient_round_stochastically_too(device: torch.devic
         assert abs(float(shadow.double().mean()) - 1.00996) < 4 * 2**-7 * math.sqrt(1.28 / 2000)
     for a, b in itertools.combinations(shadows[1:], 2):
         assert not torch.equal(a, b)
-    # By the numbers of its own group and place, with or without a gradient.
-    expected = ones.clone()
-    for step in range(10):
-        first, grads = ([torch.zeros(1, device=device) for _ in range(2)] for _ in range(2))
-        sgd_step_(
-            [*first, 2 * ones],
-            [*grads, 0 * ones],
-            None,
-            lr=0.0,
-            shadows=[None, None, expected],
-            decay=0.999,
-            rounding=(6, step),
-        )
-    assert_same_bits(shadows[2], expected)
+    # By the numbers of its own group and place, with or without a gradient. The fourth one is of no
+    # group: after the three that are, the fourth of the EMA, and as in the first group that rounds.
+    for shadow, seed, place in ((shadows[2], 6, 2), (shadows[3], 5, 3 + 3)):
+        expected = ones.clone()
+        for step in range(10):
+            first, grads = ([torch.zeros(1, device=device) for _ in range(place)] for _ in range(2))
+            sgd_step_(
+                [*first, 2 * ones],
+                [*grads, 0 * ones],
+                None,
+                lr=0.0,
+                shadows=[*[None] * place, expected],
+                decay=0.999,
+                rounding=(seed, step),
+            )
+        assert_same_bits(shadow, expected)
 
 
 def test_an_average_on_its_own_rounds_to_nearest() -> None:
@@ -638,7 +641,7 @@ def test_a_skipped_step_does_not_count(device: torch.device) -> None:
         scaler.step(optimizer)
         scaler.update()
         taken += step % 2 == 0
-        assert optimizer.param_groups[0]["rounding_steps"] == taken
+        assert optimizer.state_dict()["param_groups"][0]["rounding_steps"] == taken
 
 
 def test_a_step_that_raises_does_not_count() -> None:
@@ -649,6 +652,113 @@ def test_a_step_that_raises_does_not_count() -> None:
     with pytest.raises(ValueError, match="shares memory"):
         optimizer.step()
     assert optimizer.param_groups[0]["rounding_steps"] == 0
+
+
+def pair(device: torch.device) -> tuple[SGD, SGD]:
+    """Two optimizers of the same parameters, the first of which counts steps on the device."""
+    options = {"lr": 0.01, "momentum": 0.9, "stochastic_rounding": True, "rounding_seed": 7}
+    pair = []
+    for is_capturable in (True, False):
+        *params, frozen = make_params([(70,), (3, 9), (65,)], BF16, device)
+        ema = EMA([*params, frozen], decay=0.9)
+        half_shadows(ema, BF16)
+        ema._shadow_of[frozen].add_(0.3)
+        pair.append(SGD(params, **options, capturable=is_capturable, ema=ema))
+    return pair[0], pair[1]
+
+
+def assert_alike(one: SGD, two: SGD) -> None:
+    params = [optimizer.param_groups[0]["params"] for optimizer in (one, two)]
+    for p, q in zip(*params, strict=True):
+        assert_same_bits(p.detach(), q.detach())
+        assert_same_bits(momentum(one, p), momentum(two, q))
+    averages = (optimizer.ema.shadows.values() for optimizer in (one, two))
+    for s, t in zip(*averages, strict=True):
+        assert_same_bits(s, t)
+
+
+def step_or_skip(one: SGD, two: SGD, steps: range, skips: Callable[[int], bool]) -> int:
+    """The first is told on the device to skip, the second does not step. Returns steps taken."""
+    first, second = (optimizer.param_groups[0]["params"] for optimizer in (one, two))
+    taken = 0
+    for step in steps:
+        one.found_inf = torch.tensor(float(skips(step)), device=first[0].device)
+        trained(first, one, range(step, step + 1))
+        if not skips(step):
+            trained(second, two, range(step, step + 1))
+            taken += 1
+    del one.found_inf
+    return taken
+
+
+def test_steps_that_a_device_counts_round_like_others(device: torch.device) -> None:
+    one, two = pair(device)
+    taken = step_or_skip(one, two, range(6), lambda step: step % 3 == 0)
+    assert_alike(one, two)
+    # The host goes on where the device has stopped, and the other way round.
+    one.param_groups[0]["capturable"] = False
+    for optimizer in (one, two):
+        trained(optimizer.param_groups[0]["params"], optimizer, range(6, 8))
+    assert_alike(one, two)
+    one.param_groups[0]["capturable"] = True
+    taken += 2 + step_or_skip(one, two, range(8, 11), lambda step: step == 9)
+    assert_alike(one, two)
+    for optimizer in (one, two, copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        assert optimizer.state_dict()["param_groups"][0]["rounding_steps"] == taken
+    # What state_dict has counted is not counted again.
+    taken += step_or_skip(one, two, range(11, 13), lambda _: False)
+    assert_alike(one, two)
+    assert one.state_dict()["param_groups"][0]["rounding_steps"] == taken
+
+
+def test_a_checkpoint_of_steps_that_a_device_counts_resumes(device: torch.device) -> None:
+    one, two = pair(device)
+    step_or_skip(one, two, range(4), lambda step: step == 1)
+    state, average = one.state_dict(), copy.deepcopy(one.ema.state_dict())
+    resumed, _ = pair(device)
+    params = [optimizer.param_groups[0]["params"] for optimizer in (resumed, one)]
+    for p, q in zip(*params, strict=True):
+        p.data.copy_(q.data)
+    step_or_skip(resumed, pair(device)[1], range(3), lambda _: False)  # which loading forgets
+    for p, q in zip(*params, strict=True):
+        p.data.copy_(q.data)
+    resumed.load_state_dict(copy.deepcopy(state))
+    resumed.ema.load_state_dict(average)
+    step_or_skip(resumed, two, range(4, 7), lambda step: step == 5)
+    assert_alike(resumed, two)
+
+
+def test_what_torch_runs_rounds_by_the_steps_that_a_device_has_counted(
+    device: torch.device,
+) -> None:
+    one, two = pair(device)
+    step_or_skip(one, two, range(4), lambda step: step == 1)
+    for optimizer in (one, two):
+        params = optimizer.param_groups[0]["params"]
+        set_gradients(params, 4)
+        params[1].grad = params[1].grad.to_sparse()
+        optimizer.step()
+    assert_alike(one, two)
+
+
+@pytest.mark.cuda
+def test_replayed_steps_round_like_others() -> None:
+    one, two = pair(torch.device("cuda"))
+    first, second = (optimizer.param_groups[0]["params"] for optimizer in (one, two))
+    set_gradients(first, 0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one.step()
+    kept = [p.grad for p in first]
+    for step in range(4):
+        set_gradients(first, step)
+        for grad, p in zip(kept, first, strict=True):
+            grad.copy_(p.grad)
+        graph.replay()
+        trained(second, two, range(step, step + 1))
+    assert_alike(one, two)
+    assert one.state_dict()["param_groups"][0]["rounding_steps"] == 4
 
 
 def test_turning_it_off_keeps_the_count() -> None:
@@ -726,12 +836,24 @@ def test_what_torch_runs_rounds_to_the_bits_of_the_kernels(
 
 @halves
 def test_torch_rounds_every_value_to_the_bits_of_the_kernels(dtype: torch.dtype) -> None:
-    special = torch.tensor([math.nan, math.inf, -math.inf, 65519.9, 65520.0, 3.4028e38, -3.39e38])
-    values = torch.cat([values_of_all_sizes(dtype), special])
+    special = torch.tensor([math.nan, math.inf, -math.inf, 65512.0, 65524.0, 3.392e38, -3.398e38])
+    values = torch.cat([values_of_all_sizes(dtype), special.repeat(20)])
     param = TwoTensor(*(torch.zeros(values.shape, dtype=dtype) for _ in range(2)))
     grad = TwoTensor(-values, -values)
     sgd_step_([param], [grad], None, lr=1.0, rounding=(2**64 - 1, 2**40))
     assert_same_bits(param.a, rounded(values, dtype, "param", (2**64 - 1, 2**40)))
+
+
+@halves
+def test_the_first_momentum_that_torch_computes_is_rounded_too(dtype: torch.dtype) -> None:
+    grad = random_tensor((700,))
+    new: list[Any] = [None, None]
+    for i, kind in enumerate((lambda x: TwoTensor(x, x.clone()), torch.clone)):
+        param, buffers = kind(torch.zeros(700, dtype=dtype)), [None]
+        sgd_step_([param], [kind(grad)], buffers, lr=0.5, momentum=0.5, rounding=(1, 2))
+        new[i] = buffers[0]
+    assert_same_bits(new[0].a, new[1])
+    assert not torch.equal(new[1], grad.to(dtype))
 
 
 @halves

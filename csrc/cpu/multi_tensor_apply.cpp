@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 #include "../rules/norm.h"
@@ -110,17 +111,31 @@ double total(bool infinity, const std::vector<double>& sums) {
   return lanes[0];
 }
 
+// All that a skipped step does to a row: infinite gradients must not stay.
+void reset_grad(const TensorRow& row, const Group& group, int64_t begin, int64_t end) {
+  if (!group.reset_grads || row.data[kGrad] == nullptr) return;
+  const int bytes = element_size(row.dtype[kGrad]);
+  std::memset(static_cast<char*>(row.data[kGrad]) + begin * bytes, 0, (end - begin) * bytes);
+}
+
 }  // namespace
 
 void multi_tensor_apply(const TensorList& list, int threads) {
   const Kernels& kernels = current_level()->kernels;
+  std::vector<Group> groups = list.groups;
+  for (Group& group : groups) group.read_scalars();
+  const bool skipped = is_skipped(list.gate.found_inf);
   const auto step = [&](size_t r, int64_t begin, int64_t end) {
-    kernels.step(list.rows[r], list.groups[list.rows[r].group], begin, end);
+    const Group& group = groups[list.rows[r].group];
+    if (skipped) return reset_grad(list.rows[r], group, begin, end);
+    kernels.step(list.rows[r], group, begin, end);
   };
   Shares(list, kCutElements, step).run(threads);
+  for (int64_t* counter : list.gate.counters) *counter += !skipped;
 }
 
-void grad_norm(const TensorList& grads, const ClipHyper& hyper, int threads, double* result) {
+void grad_norm(const TensorList& grads, ClipHyper hyper, int threads, double* result) {
+  hyper.read_scalars();
   const Kernels& kernels = current_level()->kernels;
   std::vector<int64_t> first_chunk;
   int64_t chunks = 0;

@@ -8,12 +8,13 @@
 
 namespace fused_opt::cpu {
 
-// Updates every row. `threads` is the most that may be used; a short list uses fewer.
+// Updates every row, unless the list's gate skips the step. `threads` is the most that may be used;
+// a short list uses fewer.
 void multi_tensor_apply(const TensorList& list, int threads);
 
 // Writes what ClipRule makes of all gradients, the norm and the coefficient, to result[0] and [1].
 // The same bits for any number of threads.
-void grad_norm(const TensorList& grads, const ClipHyper& hyper, int threads, double* result);
+void grad_norm(const TensorList& grads, ClipHyper hyper, int threads, double* result);
 
 // Multiplies every gradient, unless by 1.
 void scale_grads(const TensorList& grads, double coefficient, int threads);

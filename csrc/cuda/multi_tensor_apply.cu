@@ -6,6 +6,7 @@
 #include <set>
 #include <utility>
 
+#include "hyper_kernel.cuh"
 #include "multi_tensor_apply.h"
 #include "norm_kernel.cuh"
 #include "step_kernel.cuh"
@@ -41,22 +42,12 @@ int64_t chunks_of(const TensorRow& row) {
   return (row.numel + kChunkElements - 1) / kChunkElements;
 }
 
-template <typename T>
-DeviceGroup<T> device_group(const Group& group) {
-  return {rules::SgdRule<T>(group.sgd),
-          rules::EmaRule<T>(group.decay),
-          rules::RoundingRule(group.rounding),
-          group.device_lr,
-          group.device_clip,
-          group.reset_grads};
-}
-
 // Launches rows in tables of one size, as many rows in each as fit.
 template <typename T, bool kMixed, typename Table>
 class Launcher {
  public:
-  Launcher(const TensorList& list, int device, cudaStream_t stream)
-      : list_(list), device_(device), stream_(stream), table_(new Table) {}
+  Launcher(const TensorList& list, const DeviceGroup<T>* on_device, int device, cudaStream_t stream)
+      : list_(list), on_device_(on_device), device_(device), stream_(stream), table_(new Table) {}
 
   void add(const TensorRow& row) {
     const int64_t chunks = chunks_of(row);
@@ -91,12 +82,14 @@ class Launcher {
   int slot_of(int group) {
     if (group == last_group_) return groups_ - 1;
     if (groups_ == Table::kGroups) flush();
-    table_->groups[groups_] = device_group<T>(list_.groups[group]);
+    table_->groups[groups_] = DeviceGroup<T>(list_.groups[group], false);
+    if (on_device_ != nullptr) table_->groups[groups_].on_device = on_device_ + group;
     last_group_ = group;
     return groups_++;
   }
 
   const TensorList& list_;
+  const DeviceGroup<T>* const on_device_;  // of every group, or null
   const int device_;
   const cudaStream_t stream_;
   const std::unique_ptr<Table> table_;
@@ -107,7 +100,7 @@ class Launcher {
 // Launches rows with the kernel that their dtypes need, in the table that they fill better.
 template <typename T, bool kMixed, bool kStochastic>
 void launch_as(const std::vector<const TensorRow*>& rows, int groups, const TensorList& list,
-               int device, cudaStream_t stream) {
+               const DeviceGroup<T>* on_device, int device, cudaStream_t stream) {
   const auto run = [&](auto launcher) {
     for (const TensorRow* row : rows) launcher.add(*row);
     launcher.flush();
@@ -115,9 +108,9 @@ void launch_as(const std::vector<const TensorRow*>& rows, int groups, const Tens
   using Small = SmallTable<T, kStochastic>;
   using Large = LargeTable<T, kStochastic>;
   if (rows.size() <= Small::kRows && groups <= Small::kGroups) {
-    return run(Launcher<T, kMixed, Small>(list, device, stream));
+    return run(Launcher<T, kMixed, Small>(list, on_device, device, stream));
   }
-  run(Launcher<T, kMixed, Large>(list, device, stream));
+  run(Launcher<T, kMixed, Large>(list, on_device, device, stream));
 }
 
 template <typename T>
@@ -130,7 +123,8 @@ bool is_all_wide(const TensorRow& row) {
 
 // Launches the rows that are computed in T.
 template <typename T>
-void launch(const TensorList& list, int device, cudaStream_t stream) {
+void launch(const TensorList& list, const DeviceGroup<T>* on_device, int device,
+            cudaStream_t stream) {
   std::vector<const TensorRow*> rows;
   int groups = 0;
   bool mixed = false, stochastic = false;
@@ -141,12 +135,12 @@ void launch(const TensorList& list, int device, cudaStream_t stream) {
     stochastic = stochastic || list.groups[row.group].rounding.stochastic;
     rows.push_back(&row);
   }
-  if (!mixed) return launch_as<T, false, false>(rows, groups, list, device, stream);
+  if (!mixed) return launch_as<T, false, false>(rows, groups, list, on_device, device, stream);
   // Beside float64 no stream is of a half type.
   if constexpr (kWide<T> == DType::kFloat32) {
-    if (stochastic) return launch_as<T, true, true>(rows, groups, list, device, stream);
+    if (stochastic) return launch_as<T, true, true>(rows, groups, list, on_device, device, stream);
   }
-  launch_as<T, true, false>(rows, groups, list, device, stream);
+  launch_as<T, true, false>(rows, groups, list, on_device, device, stream);
 }
 
 // Calls launch(table, chunks) with tables of one size, as many gradients in each as fit.
@@ -198,6 +192,32 @@ void scale_chunks(const TensorList& grads, const double* coefficient, int device
   });
 }
 
+// Launches what reads numbers on the device, for all groups, and counts the step there.
+void prepare_groups(const TensorList& list, DeviceGroup<float>* floats,
+                    DeviceGroup<double>* doubles, int device, cudaStream_t stream) {
+  const int groups = int(list.groups.size()), counters = int(list.gate.counters.size());
+  const std::unique_ptr<HyperTable> table(new HyperTable);
+  int group = 0, counter = 0;
+  do {
+    table->group_count = std::min(groups - group, HyperTable::kGroups);
+    // Groups may read a counter, so those of the last launch are read before any is advanced.
+    const bool read_all = group + table->group_count == groups;
+    table->counter_count = read_all ? std::min(counters - counter, HyperTable::kCounters) : 0;
+    std::copy_n(list.groups.data() + group, table->group_count, table->groups);
+    std::copy_n(list.gate.counters.data() + counter, table->counter_count, table->counters);
+    table->found_inf = list.gate.found_inf;
+    table->floats = floats + group;
+    table->doubles = doubles + group;
+    preload(reinterpret_cast<const void*>(hyper_kernel), device);
+    void* arguments[] = {table.get()};
+    check(cudaLaunchKernel(reinterpret_cast<const void*>(hyper_kernel), dim3(1),
+                           dim3(kHyperThreads), arguments, 0, stream),
+          "launching the kernel of hyper-parameters");
+    group += table->group_count;
+    counter += table->counter_count;
+  } while (group < groups || counter < counters);
+}
+
 void check_device(int device) {
   int current = -1;
   check(cudaGetDevice(&current), "asking for the current device");
@@ -209,10 +229,31 @@ void check_device(int device) {
 
 }  // namespace
 
-void multi_tensor_apply(const TensorList& list, int device, void* stream) {
+void multi_tensor_apply(const TensorList& list, int device, void* stream, void* memory) {
   check_device(device);
-  launch<float>(list, device, static_cast<cudaStream_t>(stream));
-  launch<double>(list, device, static_cast<cudaStream_t>(stream));
+  const auto queue = static_cast<cudaStream_t>(stream);
+  DeviceGroup<float>* floats = nullptr;
+  DeviceGroup<double>* doubles = nullptr;
+  if (memory_bytes(list) > 0) {
+    doubles = static_cast<DeviceGroup<double>*>(memory);
+    floats = reinterpret_cast<DeviceGroup<float>*>(doubles + list.groups.size());
+    prepare_groups(list, floats, doubles, device, queue);
+  }
+  launch<float>(list, floats, device, queue);
+  launch<double>(list, doubles, device, queue);
+}
+
+int64_t memory_bytes(int groups) {
+  return groups * int64_t(sizeof(DeviceGroup<float>) + sizeof(DeviceGroup<double>));
+}
+
+int64_t memory_bytes(const TensorList& list) {
+  bool needed = list.gate.found_inf != nullptr || !list.gate.counters.empty();
+  for (const Group& group : list.groups) {
+    for (const DeviceScalar& scalar : group.scalars) needed = needed || scalar.data != nullptr;
+    needed = needed || group.rounding.more_steps != nullptr;
+  }
+  return needed ? memory_bytes(int(list.groups.size())) : 0;
 }
 
 void grad_norm(const TensorList& grads, const ClipHyper& hyper, int device, void* stream,

@@ -16,7 +16,13 @@ struct CudaError : std::runtime_error {
 
 // Enqueues the update of every row on `stream` (a cudaStream_t) of `device`, which must be the
 // current device. Does not allocate, copy or synchronise: legal while a graph is captured.
-void multi_tensor_apply(const TensorList& list, int device, void* stream);
+// `memory` on the device, of memory_bytes(), is in use until the step is over.
+void multi_tensor_apply(const TensorList& list, int device, void* stream, void* memory);
+
+// What a step needs on the device for numbers that only the device knows; 0 if there are none.
+int64_t memory_bytes(const TensorList& list);
+// The same for that many groups.
+int64_t memory_bytes(int groups);
 
 // Enqueues the norm of all gradients and the coefficient that clips them (rules/norm.h), which go
 // to result[0] and [1] in device memory; one double for each chunk must follow.

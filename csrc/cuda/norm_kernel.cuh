@@ -143,6 +143,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const double sum = fold_block(rule, own, shared);
   if (threadIdx.x == 0) {
+    hyper.read_scalars();
     const rules::ClipRule rule_of_sum(hyper, sum);
     result[0] = rule_of_sum.norm;
     result[1] = rule_of_sum.coefficient;

@@ -20,10 +20,20 @@ struct DeviceGroup {
   rules::SgdRule<T> sgd;
   rules::EmaRule<T> ema;
   rules::RoundingRule rounding;
-  // If not null, they override the rule's learning rate and clipping coefficient.
-  const double* device_lr;
-  const double* device_clip;
-  bool reset_grads;
+  // If not null, to be read in place of all this: what hyper_kernel.cuh has made of numbers that
+  // only the device knows.
+  const DeviceGroup* on_device;
+  bool reset_grads, skipped;
+
+  DeviceGroup() = default;
+
+  FUSED_OPT_HD DeviceGroup(const Group& group, bool skipped_)
+      : sgd(group.sgd),
+        ema(group.decay),
+        rounding(group.rounding),
+        on_device(nullptr),
+        reset_grads(group.reset_grads),
+        skipped(skipped_) {}
 };
 
 // The table of a launch travels in its kernel parameters, so a step copies nothing to the device
@@ -311,6 +321,21 @@ __device__ __forceinline__ void update_chunk(const Row<T, kMixed>& row, const De
   for (int64_t i = last + threadIdx.x; i < end; i += kThreads) update<1>(row, group, rounder, i);
 }
 
+// All that a skipped step does to a chunk: infinite gradients must not stay.
+template <typename T, bool kMixed, typename Table>
+__device__ __forceinline__ void reset_grad(const Row<T, kMixed>& row, const DeviceGroup<T>& group,
+                                           const Table& table, int index) {
+  if (!group.reset_grads || !row.data[kGrad]) return;
+  const int64_t chunk = blockIdx.x - table.first_chunk[index];
+  // In units that every dtype is a multiple of.
+  const int64_t units = element_size(row.dtype(kGrad)) / int(sizeof(uint16_t));
+  const int64_t begin = chunk * kChunkElements * units;
+  const int64_t end = min(table.numel[index], (chunk + 1) * kChunkElements) * units;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    reinterpret_cast<uint16_t*>(row.data[kGrad])[i] = 0;
+  }
+}
+
 // Blocks that share a multiprocessor, at the least: the more, the more reads are under way. With
 // one more, the kernels of mixed dtypes would spill registers.
 template <bool kMixed>
@@ -323,10 +348,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<kMixed>)
     step_kernel(const __grid_constant__ Table table) {
   const int index = row_of(table, blockIdx.x);
   const Row<T, kMixed> row(table, index);
-  DeviceGroup<T> group = table.groups[table.group[index]];
-  if (group.device_lr) group.sgd.set_lr(T(*group.device_lr));
-  if (group.device_clip) group.sgd.set_clip(*group.device_clip);
-
+  const DeviceGroup<T>& in_table = table.groups[table.group[index]];
+  const DeviceGroup<T> group = in_table.on_device ? *in_table.on_device : in_table;
+  if (group.skipped) return reset_grad(row, group, table, index);
   constexpr int kInVector = kVectorBytes / int(sizeof(T));
   if (kMixed && !row.is_all_wide()) {
     update_chunk<2 * kInVector>(row, group, table, index);

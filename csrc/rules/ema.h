@@ -18,7 +18,7 @@ struct EmaRule {
 
   EmaRule() = default;
 
-  explicit EmaRule(double decay_) : weight(T(1 - decay_)), decay(T(decay_)) {}
+  FUSED_OPT_HD explicit EmaRule(double decay_) : weight(T(1 - decay_)), decay(T(decay_)) {}
 
   FUSED_OPT_HD void update(T& shadow, T param) const {
     const T gap = param - shadow;

@@ -1,9 +1,24 @@
-// The hyper-parameters of a step as Python gives them, in fp64. Plain data.
+// The hyper-parameters of a step as Python gives them, in fp64 or as tensors. Plain data.
 #pragma once
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace fused_opt {
+
+// A number in the memory of the device that runs the step, which may change there without the host
+// knowing. Null where there is none.
+struct DeviceScalar {
+  const void* data = nullptr;
+  bool is_double = false;  // or float
+
+  FUSED_OPT_HD void read_into(double& number) const {
+    if (data == nullptr) return;
+    number =
+        is_double ? *static_cast<const double*>(data) : double(*static_cast<const float*>(data));
+  }
+};
 
 enum class Formulation { kTorch, kSutskever };
 
@@ -26,6 +41,7 @@ struct RoundingHyper {
   bool stochastic = false;
   uint64_t seed = 0;
   uint64_t step = 0;
+  const int64_t* more_steps = nullptr;  // on the device, which has counted them
 };
 
 // How a step is clipped.
@@ -33,6 +49,14 @@ struct ClipHyper {
   double max_norm = 0;
   double grad_scale = 1;  // the gradients are this many times too large
   bool infinity = false;  // the norm is the largest magnitude, not the root of the sum of squares
+  // In place of the numbers above, where they are not null.
+  DeviceScalar max_norm_scalar = {}, grad_scale_scalar = {};
+
+  // To be called on the device.
+  FUSED_OPT_HD void read_scalars() {
+    max_norm_scalar.read_into(max_norm);
+    grad_scale_scalar.read_into(grad_scale);
+  }
 };
 
 }  // namespace fused_opt

@@ -26,36 +26,25 @@ inline namespace FUSED_OPT_ISA {
 // no bit of p.
 template <typename T>
 struct SgdRule {
-  double unclipped_gain;
-  T gradient_gain, weight_decay, momentum, undamped;  // undamped = 1 - dampening
-  T decoupled_weight_decay;
+  T gradient_gain, weight_decay, momentum;
   T velocity_gain, update_gain, step_size, plain_step_size, retained;
-  bool nesterov, sutskever;
+  bool nesterov;
 
   SgdRule() = default;
 
-  explicit SgdRule(const SgdHyper& hyper)
-      : unclipped_gain((hyper.maximize ? -1 : 1) / hyper.grad_scale),
+  // Also on the device, where the numbers may live.
+  FUSED_OPT_HD explicit SgdRule(const SgdHyper& hyper)
+      : gradient_gain(T((hyper.maximize ? -1 : 1) / hyper.grad_scale * hyper.clip)),
         weight_decay(T(hyper.decoupled_weight_decay ? 0 : hyper.weight_decay)),
         momentum(T(hyper.momentum)),
-        undamped(T(1 - hyper.dampening)),
-        decoupled_weight_decay(T(hyper.decoupled_weight_decay ? hyper.weight_decay : 0)),
-        nesterov(hyper.nesterov),
-        sutskever(hyper.formulation == Formulation::kSutskever) {
-    set_clip(hyper.clip);
-    set_lr(T(hyper.lr));
-  }
-
-  // Both are also called on the device, where the coefficient and the learning rate may live in
-  // device memory.
-  FUSED_OPT_HD void set_clip(double clip) { gradient_gain = T(unclipped_gain * clip); }
-
-  FUSED_OPT_HD void set_lr(T lr) {
+        nesterov(hyper.nesterov) {
+    const T lr = T(hyper.lr), undamped = T(1 - hyper.dampening);
+    const bool sutskever = hyper.formulation == Formulation::kSutskever;
     velocity_gain = sutskever ? -lr * undamped : undamped;
     update_gain = sutskever ? -lr : T(1);
     step_size = sutskever ? T(1) : -lr;
     plain_step_size = -lr;
-    retained = T(1) - lr * decoupled_weight_decay;
+    retained = T(1) - lr * T(hyper.decoupled_weight_decay ? hyper.weight_decay : 0);
   }
 
   FUSED_OPT_HD T descent(T param, T grad) const {
