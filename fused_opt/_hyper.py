@@ -89,7 +89,8 @@ def as_scalar(value: float | Tensor, name: str) -> float | Tensor:
     return value.reshape(())
 
 
-#: Stands for what a tensor on a GPU holds: to look would wait for the GPU.
+#: Stands for what a tensor holds on a GPU, where to look would wait for it, or in a graph that is
+#: being traced.
 HIDDEN = object()
 
 
@@ -98,7 +99,8 @@ def visible(value: Any, name: str) -> Any:
     if not isinstance(value, Tensor):
         return value
     scalar = as_scalar(value, name)
-    return HIDDEN if value.is_cuda else scalar.item()  # type: ignore[union-attr]
+    is_hidden = value.is_cuda or torch.compiler.is_compiling()
+    return HIDDEN if is_hidden else scalar.item()  # type: ignore[union-attr]
 
 
 def _is_number(value: Any) -> bool:
@@ -146,14 +148,17 @@ class SgdHyper(NamedTuple):
             master_weights=group["master_weights"],
         )
 
+    def has_momentum(self) -> bool:
+        """Whether there is any; with a tensor always, which may hold another number later.
+
+        No property: torch 2.10 cannot trace those of a tuple.
+        """
+        return isinstance(self.momentum, Tensor) or bool(self.momentum != 0)
+
     @property
     def state_key(self) -> str | None:
-        """Where the state keeps the momentum; None if there is none.
-
-        A tensor may hold another number at the next step, so that there is one with any tensor.
-        """
-        has_momentum = isinstance(self.momentum, Tensor) or self.momentum != 0
-        return STATE_KEY[self.formulation] if has_momentum else None
+        """Where the state keeps the momentum; None if there is none."""
+        return STATE_KEY[self.formulation] if self.has_momentum() else None
 
     @property
     def may_dampen(self) -> bool:

@@ -14,6 +14,7 @@ from fused_opt._hyper import ClipHyper
 from fused_opt._plan import thread_plan
 
 
+@_disable_dynamo
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
@@ -71,12 +72,12 @@ def clip_grad_norm_(
     tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if isinstance(parameters, GeneratorType) and not tensors:
         warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
+            "`parameters` is an empty generator, no gradient clipping will occur.",
+            stacklevel=4,  # past two frames of the decorator
         )
     return _clip(tensors, max_norm, norm_type, error_if_nonfinite, foreach)
 
 
-@_disable_dynamo
 @torch.no_grad()
 def _clip(
     tensors: list[Tensor],

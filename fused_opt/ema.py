@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from fused_opt._counter import Counter, is_capturing
 from fused_opt._hyper import check_decay
@@ -144,6 +145,7 @@ class EMA:
         self._params, self._shadow_of = params, shadow_of
         self.num_updates = 0
 
+    @_disable_dynamo
     @torch.no_grad()
     def update(self) -> None:
         """Moves every shadow towards its parameter.

@@ -1,6 +1,8 @@
 """Momentum SGD and EMA on lists of tensors, in place, with no optimizer object.
 
 These are the kernels of :class:`fused_opt.SGD` and :class:`fused_opt.EMA` behind plain functions.
+``torch.compile(fullgraph=True)`` takes both into its graphs, as operators of the same names in
+``torch.ops.fused_opt``.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_opt import _ops
 from fused_opt._hyper import (
     HIDDEN,
     SgdHyper,
@@ -113,7 +116,7 @@ def sgd_step_(
         state_dtype=state_dtype,
     )
     _check(hyper)
-    has_momentum = hyper.state_key is not None
+    has_momentum = hyper.has_momentum()
     _check_length("grads", grads, params)
     if has_momentum or momentum_buffers:
         _check_length("momentum_buffers", momentum_buffers, params)
@@ -129,6 +132,11 @@ def sgd_step_(
             raise ValueError(f"rounding: expected None or (seed, step), got {rounding!r}")
         check_uint64(rounding[0], "rounding seed")
         check_uint64(rounding[1], "rounding step")
+    if torch.compiler.is_compiling():
+        _ops.trace_sgd_step_(
+            params, grads, momentum_buffers, shadows, refinements, hyper, decay, rounding
+        )
+        return
 
     rows = Rows(
         list(params),
@@ -184,6 +192,9 @@ def ema_update_(
     """
     check_decay(decay)
     _check_length("shadows", shadows, params)
+    if torch.compiler.is_compiling():
+        _ops.trace_ema_update_(shadows, params, decay)
+        return
     with thread_plan(params) as plan:
         plan.add_ema(list(params), list(shadows), decay)
         plan.run()
@@ -210,3 +221,6 @@ def _check_length(name: str, tensors: Sequence[Any] | None, params: Sequence[Ten
     found = "None" if tensors is None else str(len(tensors))
     if found != str(len(params)):
         raise ValueError(f"{name}: expected {len(params)} entries, one per parameter, got {found}")
+
+
+_ops.register(sgd_step_, ema_update_)

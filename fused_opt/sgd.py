@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch.optim.optimizer import ParamsT
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class SGD(torch.optim.SGD):
@@ -400,6 +403,12 @@ class SGD(torch.optim.SGD):
         """
         return None if self._clip is None else self._clip.norm()
 
+    @staticmethod
+    def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
+        """What torch wraps every ``step`` in; under ``torch.compile``, one clean graph break."""
+        wrapped: Callable[_P, _R] = torch.optim.SGD.profile_hook_step(func)
+        return _disable_dynamo(wrapped)
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -432,7 +441,6 @@ class SGD(torch.optim.SGD):
             self._step(found_inf, grad_scale)
         return loss
 
-    @_disable_dynamo
     def _step(self, found_inf: float | Tensor | None, grad_scale: float | Tensor) -> None:
         sought, self._sought_inf = self._sought_inf, None
         if found_inf is not None and sought is None and not self._is_left_to_device(found_inf):

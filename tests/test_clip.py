@@ -364,8 +364,9 @@ def test_without_gradients_the_norm_is_0():
     for nothing in ([], [nn.Parameter(torch.ones(3))]):
         norm = clip_grad_norm_(nothing, 1.0)
         assert_same_bits(norm, torch.tensor(0.0))
-    with pytest.warns(UserWarning, match="empty generator"):
+    with pytest.warns(UserWarning, match="empty generator") as warned:
         assert clip_grad_norm_((p for p in []), 1.0) == 0
+    assert warned[0].filename == __file__
 
 
 def test_empty_gradients_count_nothing(device):
