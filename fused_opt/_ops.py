@@ -97,7 +97,9 @@ def trace_sgd_step_(
             momentum_buffers[i] = buffers[i]
 
 
-def trace_ema_update_(shadows: Sequence[Tensor], params: Sequence[Tensor], decay: float) -> None:
+def trace_ema_update_(
+    shadows: Sequence[Tensor], params: Sequence[Tensor], decay: float | Tensor
+) -> None:
     """Puts an update into the graph that is being traced."""
     torch.ops.fused_opt.ema_update_(list(shadows), list(params), **_number("decay", decay))
 

@@ -128,7 +128,8 @@ class SGD(torch.optim.SGD):
             optimizer. ``step``: gradients or state that do not fit their parameter, tensors that
             share memory. Nothing has changed.
         RuntimeError: ``step``: the EMA's shadows are applied, CUDA fails, or a CUDA graph is
-            captured before there is all the state that the step needs. Nothing has changed.
+            captured before there is all the state that the step needs, or with
+            ``stochastic_rounding`` and not ``capturable``. Nothing has changed.
 
     Example:
         >>> import torch
@@ -244,8 +245,9 @@ class SGD(torch.optim.SGD):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and deep copies take the EMA along, which then tracks the copied parameters."""
-        self._settle_roundings()
-        return {**super().__getstate__(), "ema": self._ema}
+        state = super().__getstate__()
+        groups = [self._with_rounding_steps(group) for group in state["param_groups"]]
+        return {**state, "param_groups": groups, "ema": self._ema}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -263,8 +265,9 @@ class SGD(torch.optim.SGD):
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """Returns what ``torch.optim.SGD`` does, with our options in the param groups."""
-        self._settle_roundings()
-        return super().state_dict()
+        state = super().state_dict()
+        state["param_groups"] = list(map(self._with_rounding_steps, state["param_groups"]))
+        return state
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -563,13 +566,21 @@ class SGD(torch.optim.SGD):
             return
         if self._ema is not None:
             self._ema._updates.add()
-        self._count_roundings(1)
+        for group in self.param_groups:
+            group["rounding_steps"] += bool(group["stochastic_rounding"])
 
     def _gate(self, found_inf: Tensor | None, counters: list[Counter]) -> Gate | None:
         """What a device decides and counts; None if the host knows that the step is taken once."""
         home = self._home()
         left_to_device = found_inf is not None or self._is_capturable()
-        if home is None or not (left_to_device or home.type == "cuda"):
+        if home is None:
+            return None
+        if self._rounding_steps in counters and not left_to_device and is_capturing(home):
+            raise RuntimeError(
+                "stochastic_rounding: expected capturable=True where a CUDA graph is captured, "
+                "whose replays must not round alike"
+            )
+        if not (left_to_device or home.type == "cuda"):
             return None
         # Where they are not needed yet too: in a capture it would be too late to make them.
         on_home = [counter.on(home) for counter in counters]
@@ -600,16 +611,14 @@ class SGD(torch.optim.SGD):
             first = last
         return roundings
 
-    def _count_roundings(self, steps: int) -> None:
-        """Counts steps that were taken, for groups that round by the count."""
-        for group in self.param_groups:
-            if group["stochastic_rounding"]:
-                group["rounding_steps"] += steps
+    def _with_rounding_steps(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group with all steps in its count, those on the device too, which waits for it.
 
-    def _settle_roundings(self) -> None:
-        """Moves to the groups what a device has counted; waits for it."""
-        self._count_roundings(int(self._rounding_steps))
-        self._rounding_steps.set(0)
+        The group itself keeps its part: a captured step has it, and adds the device's.
+        """
+        if not group["stochastic_rounding"]:
+            return group
+        return {**group, "rounding_steps": group["rounding_steps"] + int(self._rounding_steps)}
 
     def _rounding_of(
         self, shadows: dict[Tensor, Tensor], roundings: list[Rounding | None]

@@ -372,6 +372,23 @@ def test_a_capture_without_state_raises_and_changes_nothing(options, word, captu
     optimizer.step()  # what a step has made is found
 
 
+def test_a_capture_that_rounds_stochastically_wants_to_be_capturable(capturing):
+    optimizer = build("cpu", BF16, stochastic_rounding=True)
+    set_gradients(all_params(optimizer), seed=0)
+    optimizer.step()
+    before = [t.detach().clone() for t in everything(optimizer)]
+    capturing(True)
+    with pytest.raises(RuntimeError, match=r"stochastic_rounding.*capturable=True"):
+        optimizer.step()
+    assert_equal(everything(optimizer), before)
+    assert optimizer.ema.num_updates == 1
+    capturing(False)
+    optimizer = build("cpu", BF16, stochastic_rounding=True, capturable=True)
+    set_gradients(all_params(optimizer), seed=0)
+    capturing(True)
+    optimizer.step()
+
+
 def test_a_capture_of_the_functional_form_wants_its_buffers(capturing):
     params, grads = ([random_tensor((3,), seed=i)] for i in range(2))
     before = params[0].clone()

@@ -117,6 +117,7 @@ CASES: dict[str, dict[str, Any]] = {
     "some shadows": {"momentum": 0.9, "decay": 0.9, "without_shadow": (1, 3)},
     "no shadow at all": {"momentum": 0.9, "decay": 0.9, "without_shadow": (0, 1, 2, 3)},
     "refinements": {"momentum": 0.9, "dtypes": MIXED, "refinements": "split"},
+    "stochastic rounding": {"momentum": 0.9, "dtypes": MIXED, "rounding": (2**64 - 1, 2**63)},
     "everything": {
         "momentum": 0.9,
         "weight_decay": 0.1,
@@ -253,14 +254,16 @@ def test_empty_lists_are_a_step_of_nothing():
     assert step(torch.zeros(())) == 1
 
 
+@pytest.mark.parametrize("name", ["lr", "momentum", "dampening", "weight_decay", "decay"])
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_a_learning_rate_tensor_may_change(shape, device, backend):
+def test_a_number_that_is_a_tensor_may_change(shape, name, device, backend):
     inductor_at_hand(device)
     compiled = torch.compile(step_with_lists, fullgraph=True, backend=backend)
-    actual, expected = (Lists(device, momentum=0.9, buffers="all") for _ in range(2))
+    options = {"momentum": 0.9, "decay": 0.5, "buffers": "all"}
+    actual, expected = (Lists(device, **options) for _ in range(2))
     for call in range(CALLS):
-        lr = torch.full(shape, 0.1 / (1 + call), dtype=F64, device=device)
-        actual.options["lr"] = expected.options["lr"] = lr
+        number = torch.full(shape, 0.1 / (1 + call), dtype=F64, device=device)
+        actual.options[name] = expected.options[name] = number
         actual.step(compiled, call)
         expected.step(step_with_lists, call)
         actual.assert_same(expected, f"call {call}")
@@ -275,6 +278,18 @@ def test_a_number_that_changes_is_compiled_once_more(name, backend):
     for call in range(CALLS):
         # Numbers that float32 cannot hold: they must not be rounded on their way.
         actual.options[name] = expected.options[name] = 0.9 / (1 + call)
+        actual.step(compiled, call)
+        expected.step(step_with_lists, call)
+        actual.assert_same(expected, f"call {call}")
+    assert graphs() == 2
+
+
+def test_the_count_of_roundings_is_compiled_once_more(backend):
+    compiled = torch.compile(step_with_lists, fullgraph=True, backend=backend)
+    options = {"dtypes": MIXED, "momentum": 0.9, "buffers": "all"}
+    actual, expected = (Lists(torch.device("cpu"), **options) for _ in range(2))
+    for call in range(CALLS):
+        actual.options["rounding"] = expected.options["rounding"] = (2**64 - 1, 7 + call)
         actual.step(compiled, call)
         expected.step(step_with_lists, call)
         actual.assert_same(expected, f"call {call}")
@@ -437,6 +452,7 @@ OPERATOR_CASES: dict[str, Any] = {
     "shadows": ({"lr": 0.1, "decay": 0.5}, SAME, 4, None),
     "some shadows": ({"lr": 0.1, "decay": 0.5, "shadow_places": [0, 3]}, MIXED, 2, None),
     "refinements": ({"lr": 0.1, "refinement_places": [1, 2]}, MIXED, 0, "split"),
+    "rounding": ({"lr": 0.1, "momentum": 0.9, "rounding": [-1, 3]}, MIXED, 0, None),
 }
 
 
@@ -485,6 +501,8 @@ def test_step_operator_is_the_function(name, device):
     buffers: list[Tensor | None] = list(held)
     for i in rest.pop("first", []):
         buffers[i] = None
+    if "rounding" in rest:  # operators take integers with a sign
+        rest["rounding"] = tuple(number % 2**64 for number in rest["rounding"])
     places = {"shadows": rest.pop("shadow_places", []), "refinements": []}
     places["refinements"] = rest.pop("refinement_places", [])
     streams: dict[str, Any] = {}
