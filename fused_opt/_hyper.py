@@ -20,6 +20,20 @@ REFINEMENT_KEY = {"fp32": "master", "split": "residual", "kahan": "compensation"
 #: What of a param group may be a tensor of one element, in the order of ``Scalar`` in csrc.
 SCALARS = ("lr", "momentum", "dampening", "weight_decay", "grad_scale", "decay", "clip")
 
+#: What a param group has beyond torch's options, and what it is where nothing is said.
+OWN_OPTIONS = {
+    "formulation": "torch",
+    "decoupled_weight_decay": False,
+    "reset_grads": False,
+    "state_dtype": None,
+    "master_weights": None,
+    "stochastic_rounding": False,
+    "rounding_seed": 0,
+    "rounding_steps": 0,
+    "max_grad_norm": None,
+    "capturable": False,
+}
+
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,6 +56,12 @@ def check_master_weights(master_weights: Any) -> None:
     if master_weights is not None and master_weights not in REFINEMENT_KEY:
         names = ", ".join(map(repr, REFINEMENT_KEY))
         raise ValueError(f"Invalid master_weights: {master_weights!r}, expected None or {names}")
+
+
+def check_uint64(value: Any, name: str) -> None:
+    """Raises ValueError unless it is an integer of 64 bits without a sign."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise ValueError(f"Invalid {name}: {value!r}, expected an integer in [0, 2**64)")
 
 
 def check_decay(decay: Any) -> None:
@@ -76,6 +96,36 @@ def check_capturable(group: dict[str, Any]) -> None:
             f"capturable: expected dampening 0, got {dampening}: a parameter's first step is not "
             "dampened, and a replayed one cannot differ"
         )
+
+
+def check_options(group: dict[str, Any]) -> None:
+    """Raises ValueError unless a param group's own options are what they may be."""
+    check_formulation(group["formulation"])
+    check_state_dtype(group["state_dtype"])
+    check_master_weights(group["master_weights"])
+    check_uint64(group["rounding_seed"], "rounding_seed")
+    check_uint64(group["rounding_steps"], "rounding_steps")
+    check_capturable(group)
+
+
+def common_max_grad_norm(groups: list[dict[str, Any]]) -> float | Tensor | None:
+    """Returns what all groups say; raises ValueError unless they agree, since there is one norm."""
+    found: list[float | Tensor | None] = [group["max_grad_norm"] for group in groups]
+    for max_norm in found:
+        check_max_grad_norm(max_norm)
+    if any(not _is_same(max_norm, found[0]) for max_norm in found):
+        raise ValueError(
+            "max_grad_norm: one norm is taken over all param groups; expected the same value in "
+            f"each, got {found}"
+        )
+    return found[0] if found else None
+
+
+def _is_same(one: float | Tensor | None, other: float | Tensor | None) -> bool:
+    """Tensors may change: they are the same only if they are one."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    return one == other
 
 
 def as_scalar(value: float | Tensor, name: str) -> float | Tensor:

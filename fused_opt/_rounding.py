@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_opt._hyper import HALF_DTYPES
+from fused_opt._hyper import HALF_DTYPES, check_uint64
 
 _UINT32 = 0xFFFFFFFF
 _UINT64 = 0xFFFFFFFFFFFFFFFF
@@ -48,10 +48,53 @@ class Rounding(NamedTuple):
         return self._replace(ordinals=[self.ordinals[i] for i in indices])
 
 
-def check_uint64(value: Any, name: str) -> None:
-    """Raises ValueError unless it is an integer of 64 bits without a sign."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _UINT64:
-        raise ValueError(f"Invalid {name}: {value!r}, expected an integer in [0, 2**64)")
+def group_roundings(
+    groups: list[dict[str, Any]], on_device: Tensor | None
+) -> list[Rounding | None]:
+    """How each param group rounds; None is to nearest. Parameters count through all groups.
+
+    ``on_device`` holds the steps that only a device has counted.
+    """
+    roundings: list[Rounding | None] = []
+    first = 0
+    for group in groups:
+        rounding = None
+        last = first + len(group["params"])
+        if group["stochastic_rounding"]:
+            seed, steps = group["rounding_seed"], group["rounding_steps"]
+            check_uint64(seed, "rounding_seed")
+            check_uint64(steps, "rounding_steps")
+            rounding = Rounding(seed, steps, range(first, last), on_device)
+        roundings.append(rounding)
+        first = last
+    return roundings
+
+
+def shadow_roundings(
+    shadows: dict[Tensor, Tensor],
+    groups: list[dict[str, Any]],
+    roundings: list[Rounding | None],
+) -> dict[Tensor, Rounding]:
+    """How the shadow of each parameter is rounded that a step does not change.
+
+    Like the parameter; those of no group, which are numbered after all others in the order of the
+    EMA, as the first group does that rounds stochastically.
+    """
+    found = next((rounding for rounding in roundings if rounding is not None), None)
+    if found is None:
+        return {}
+    own = dict.fromkeys(param for group in groups for param in group["params"])
+    count = sum(len(group["params"]) for group in groups)
+    rounding_of = {
+        param: found._replace(ordinals=[count + i])
+        for i, param in enumerate(shadows)
+        if param not in own
+    }
+    for group, rounding in zip(groups, roundings, strict=True):
+        if rounding is not None:
+            for param, ordinal in zip(group["params"], rounding.ordinals, strict=True):
+                rounding_of[param] = rounding._replace(ordinals=[ordinal])
+    return rounding_of
 
 
 def widened(tensors: Sequence[Tensor | None], rounding: Rounding | None) -> list[Any]:

@@ -20,10 +20,11 @@ from fused_opt._hyper import (
     check_decay,
     check_formulation,
     check_state_dtype,
+    check_uint64,
     visible,
 )
 from fused_opt._plan import Rows, thread_plan
-from fused_opt._rounding import Rounding, check_uint64
+from fused_opt._rounding import Rounding
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from fused_opt._composite import sgd_formula
 from fused_opt._counter import Counter, is_capturing
 from fused_opt._hyper import (
-    HALF_DTYPES,
+    OWN_OPTIONS,
     REFINEMENT_KEY,
     STATE_KEY,
     ClipHyper,
@@ -20,14 +20,13 @@ from fused_opt._hyper import (
     as_scalar,
     check_capturable,
     check_decay,
-    check_formulation,
-    check_master_weights,
-    check_max_grad_norm,
-    check_state_dtype,
+    check_options,
+    common_max_grad_norm,
 )
-from fused_opt._masters import converted_refinement, new_refinement, store_
+from fused_opt._masters import store_
 from fused_opt._plan import Clip, Gate, Plan, Rows, new_momentum
-from fused_opt._rounding import Rounding, check_uint64
+from fused_opt._rounding import group_roundings, shadow_roundings
+from fused_opt._state import ParamStates
 from fused_opt.ema import EMA
 
 if TYPE_CHECKING:
@@ -217,18 +216,14 @@ class SGD(torch.optim.SGD):
     def _complete_groups(self) -> None:
         """Gives every group our own options, where it has none, and checks them."""
         for group in self.param_groups:
-            for option in _OWN_OPTIONS:
+            for option in OWN_OPTIONS:
                 group.setdefault(option, self.defaults[option])
-            check_formulation(group["formulation"])
-            check_state_dtype(group["state_dtype"])
-            check_master_weights(group["master_weights"])
-            _check_rounding(group)
-            check_capturable(group)
+            check_options(group)
         self._max_grad_norm()
 
     def _max_grad_norm(self) -> float | Tensor | None:
         """What all groups say, which users change between steps."""
-        max_norm = _common_max_grad_norm(self.param_groups)
+        max_norm = common_max_grad_norm(self.param_groups)
         if max_norm is not None and self.defaults["differentiable"]:
             raise ValueError("max_grad_norm clips outside the graph that differentiable needs")
         return max_norm
@@ -255,7 +250,7 @@ class SGD(torch.optim.SGD):
         is_loading = "ema" not in state
         ema = state.pop("ema", self.__dict__.get("_ema"))
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for option, default in _OWN_OPTIONS.items():
+        for option, default in OWN_OPTIONS.items():
             self.defaults.setdefault(option, default)
         self._complete_groups()
         self._start(ema)
@@ -281,14 +276,12 @@ class SGD(torch.optim.SGD):
         groups = state_dict["param_groups"]
         if len(groups) == len(self.param_groups):  # otherwise torch raises
             groups = [
-                {**{option: own[option] for option in _OWN_OPTIONS}, **group}
+                {**{option: own[option] for option in OWN_OPTIONS}, **group}
                 for own, group in zip(self.param_groups, groups, strict=True)
             ]
             for group in groups:
-                check_capturable({**self.defaults, **group})
-            _common_max_grad_norm(groups)
-            for group in groups:
-                _check_rounding(group)
+                check_options({**self.defaults, **group})
+            common_max_grad_norm(groups)
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._restore_dtypes(state_dict)
         self._prepare_capture()
@@ -312,15 +305,11 @@ class SGD(torch.optim.SGD):
         ``max_grad_norm`` is that of the other groups.
         """
         if isinstance(param_group, dict):  # otherwise torch raises
-            check_formulation(param_group.get("formulation", "torch"))
-            check_state_dtype(param_group.get("state_dtype"))
-            check_master_weights(param_group.get("master_weights"))
-            _check_rounding({**_OWN_OPTIONS, **param_group})
-            check_capturable({"capturable": False, **self.defaults, **param_group})
+            check_options({**OWN_OPTIONS, **self.defaults, **param_group})
             if "max_grad_norm" in self.defaults:  # not while the constructor adds its groups
                 known = self.param_groups[0]
                 param_group.setdefault("max_grad_norm", known["max_grad_norm"])
-                _common_max_grad_norm([known, param_group])
+                common_max_grad_norm([known, param_group])
         super().add_param_group(param_group)
         if "_plan" in self.__dict__:  # again, not before the constructor is through
             try:
@@ -334,18 +323,18 @@ class SGD(torch.optim.SGD):
         """Makes what a captured step may not, for the groups that are ``capturable``."""
         if not self._is_capturable():
             return
-        started = []
+        started, states = [], self._states
         for group in self.param_groups:
             hyper = SgdHyper.of_group(group)
             for param in group["params"] if group["capturable"] else ():
                 refines = hyper.refinement_key is not None
-                refinement = self._start_refinement(param, hyper) if refines else None
+                refinement = states.wanted_refinement(param, hyper) if refines else None
                 started.append((param, hyper, refinement))
         for param, hyper, refinement in started:
-            if hyper.state_key is not None and not self._has_momentum(param):
-                self.state[param][hyper.state_key] = new_momentum(param, hyper)
+            if hyper.state_key is not None and not states.has_momentum(param):
+                states.keep_momentum(param, new_momentum(param, hyper), hyper)
             if refinement is not None:
-                self._keep_refinement(param, refinement, hyper.refinement_key)
+                states.keep_refinement(param, refinement, hyper)
         self._reserve()
 
     def _reserve(self) -> None:
@@ -364,9 +353,9 @@ class SGD(torch.optim.SGD):
             # Of each group, as it is and as dense copies; and of what only the EMA tracks.
             self._plan.reserve(device, 2 * len(self.param_groups) + 2, elements)
 
-    def _has_momentum(self, param: Tensor) -> bool:
-        state = self.state.get(param, {})
-        return any(state.get(key) is not None for key in STATE_KEY.values())
+    @property
+    def _states(self) -> ParamStates:
+        return ParamStates(self.state, self._subject)
 
     def _is_capturable(self) -> bool:
         return any(group["capturable"] for group in self.param_groups)
@@ -445,6 +434,11 @@ class SGD(torch.optim.SGD):
         return loss
 
     def _step(self, found_inf: float | Tensor | None, grad_scale: float | Tensor) -> None:
+        """Plans, checks and runs one step, unless gradients are infinite.
+
+        The host asks whether they are only where no device can act on it: at once, if it is told
+        itself, and once the step is planned, if something in it cannot be skipped by a device.
+        """
         sought, self._sought_inf = self._sought_inf, None
         if found_inf is not None and sought is None and not self._is_left_to_device(found_inf):
             if float(found_inf) != 0:
@@ -460,7 +454,7 @@ class SGD(torch.optim.SGD):
                 plan.check()
                 clip = self._take_norm(max_norm, grad_scale)
                 if sought is not None:
-                    found_inf = sought.copy_(clip.total - clip.total != 0)
+                    found_inf = sought.copy_(clip.total - clip.total != 0)  # by inf and NaN
             if not isinstance(found_inf, Tensor):
                 found_inf = None
             elif self._needs_host(found_inf, started):
@@ -489,10 +483,10 @@ class SGD(torch.optim.SGD):
         No device can skip what torch runs, or a parameter's first step where the next would differ
         because it is not the first.
         """
+        states = self._states
 
         def differs(rows: Rows, hyper: SgdHyper) -> bool:
-            other = STATE_KEY[_OTHER[hyper.formulation]]
-            converted = any(other in self.state.get(param, {}) for param in rows.params)
+            converted = any(states.has_other_momentum(param, hyper) for param in rows.params)
             return rows.momentum_buffers is not None and (hyper.may_dampen or converted)
 
         return (
@@ -538,7 +532,7 @@ class SGD(torch.optim.SGD):
         if ema is not None:
             check_decay(decay)
         started: list[tuple[Rows, SgdHyper]] = []
-        roundings = self._roundings()
+        roundings = group_roundings(self.param_groups, self._rounding_steps.held(self._home()))
         for group, rounding in zip(self.param_groups, roundings, strict=True):
             if group["capturable"]:
                 check_capturable(group)
@@ -549,7 +543,10 @@ class SGD(torch.optim.SGD):
                 started += [(rows, hyper) for rows in self._start_state(new, hyper, decay)]
         if shadows is not None:
             plan.add_remaining_ema(
-                shadows, decay, self._refinement, lambda: self._rounding_of(shadows, roundings)
+                shadows,
+                decay,
+                self._states.refinement,
+                lambda: shadow_roundings(shadows, self.param_groups, roundings),
             )
         return started
 
@@ -589,27 +586,13 @@ class SGD(torch.optim.SGD):
         return Gate(found_inf, on_home, home)
 
     def _keep_state(self, started: list[tuple[Rows, SgdHyper]]) -> None:
+        states = self._states
         for rows, hyper in started:
             for i, param in enumerate(rows.params):
                 if rows.momentum_buffers is not None:
-                    self._keep_momentum(param, rows.momentum_buffers[i], hyper.formulation)
+                    states.keep_momentum(param, rows.momentum_buffers[i], hyper)
                 if rows.refinements is not None:
-                    self._keep_refinement(param, rows.refinements[i], hyper.refinement_key)
-
-    def _roundings(self) -> list[Rounding | None]:
-        """How each group rounds; None is to nearest. Parameters count through all groups."""
-        roundings: list[Rounding | None] = []
-        first, home = 0, self._home()
-        for group in self.param_groups:
-            rounding = None
-            last = first + len(group["params"])
-            if group["stochastic_rounding"]:
-                _check_rounding(group)
-                key = group["rounding_seed"], group["rounding_steps"]
-                rounding = Rounding(*key, range(first, last), self._rounding_steps.held(home))
-            roundings.append(rounding)
-            first = last
-        return roundings
+                    states.keep_refinement(param, rows.refinements[i], hyper)
 
     def _with_rounding_steps(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group with all steps in its count, those on the device too, which waits for it.
@@ -620,44 +603,20 @@ class SGD(torch.optim.SGD):
             return group
         return {**group, "rounding_steps": group["rounding_steps"] + int(self._rounding_steps)}
 
-    def _rounding_of(
-        self, shadows: dict[Tensor, Tensor], roundings: list[Rounding | None]
-    ) -> dict[Tensor, Rounding]:
-        """How the shadow of each parameter is rounded that this step does not change.
-
-        Like the parameter; those of no group, which are numbered after all others in the order of
-        the EMA, as the first group does that rounds stochastically.
-        """
-        found = next((rounding for rounding in roundings if rounding is not None), None)
-        if found is None:
-            return {}
-        params = [param for group in self.param_groups for param in group["params"]]
-        own = dict.fromkeys(params)
-        count = len(params)
-        rounding_of = {
-            param: found._replace(ordinals=[count + i])
-            for i, param in enumerate(shadows)
-            if param not in own
-        }
-        for group, rounding in zip(self.param_groups, roundings, strict=True):
-            if rounding is not None:
-                for param, ordinal in zip(group["params"], rounding.ordinals, strict=True):
-                    rounding_of[param] = rounding._replace(ordinals=[ordinal])
-        return rounding_of
-
     def _start_state(self, new: Rows, hyper: SgdHyper, decay: float | Tensor) -> list[Rows]:
         """Plans the step of rows whose state is not complete, and returns them with it.
 
         What is there in another form is converted; what has no momentum is at its first step.
         """
+        states = self._states
         if hyper.refinement_key is not None:
-            refinements = [self._start_refinement(param, hyper) for param in new.params]
+            refinements = [states.wanted_refinement(param, hyper) for param in new.params]
             new = new._replace(refinements=refinements)
         if new.momentum_buffers is None:
             self._plan.add_sgd(new, hyper, decay)
             return [new]
         new.momentum_buffers[:] = [
-            self._held_momentum(param, hyper) if momentum is None else momentum
+            states.converted_momentum(param, hyper) if momentum is None else momentum
             for param, momentum in zip(new.params, new.momentum_buffers, strict=True)
         ]
         held = [momentum is not None for momentum in new.momentum_buffers]
@@ -666,36 +625,6 @@ class SGD(torch.optim.SGD):
         self._plan.add_first_sgd(first, hyper, decay)
         self._plan.add_sgd(later, hyper, decay)
         return [first, later]
-
-    def _held_momentum(self, param: Tensor, hyper: SgdHyper) -> Tensor | None:
-        """The momentum that the state holds in the other formulation, converted."""
-        momentum = self.state.get(param, {}).get(STATE_KEY[_OTHER[hyper.formulation]])
-        return None if momentum is None else self._converted(param, momentum, hyper)
-
-    def _start_refinement(self, param: Tensor, hyper: SgdHyper) -> Tensor | None:
-        """What refines the parameter: from the state, or new."""
-        if not isinstance(param, Tensor) or param.dtype not in HALF_DTYPES:
-            return None
-        mode, held = str(hyper.master_weights), self._refinement(param)
-        try:
-            if held is None:
-                return new_refinement(param, mode)
-            if hyper.refinement_key in self.state[param]:
-                return held
-            return converted_refinement(param, held, mode)
-        except ValueError as error:
-            raise ValueError(f"{self._subject('params', param)}: {error}") from None
-
-    def _refinement(self, param: Tensor) -> Tensor | None:
-        """What the state holds to refine the parameter."""
-        state: dict[str, Tensor] = self.state.get(param, {})
-        return next((state[key] for key in REFINEMENT_KEY.values() if key in state), None)
-
-    def _keep_refinement(self, param: Tensor, refinement: Tensor | None, key: str | None) -> None:
-        for other in REFINEMENT_KEY.values():
-            self.state[param].pop(other, None)
-        if refinement is not None and key is not None:
-            self.state[param][key] = refinement
 
     @torch.no_grad()
     def sync_masters(self) -> None:
@@ -706,25 +635,9 @@ class SGD(torch.optim.SGD):
         """
         for group in self.param_groups:
             for param in group["params"]:
-                refinement = self._refinement(param)
+                refinement = self._states.refinement(param)
                 if refinement is not None:
                     store_(param.detach().float(), param.detach().clone(), refinement)
-
-    def _converted(self, param: Tensor, momentum: Tensor, hyper: SgdHyper) -> Tensor:
-        """The momentum in the formulation of ``hyper``, from the other one: w = -lr v."""
-        if hyper.formulation == "sutskever":
-            return momentum * -as_scalar(hyper.lr, "lr")
-        if hyper.lr == 0:
-            raise ValueError(
-                f"{self._subject('momentum_buffers', param)}: expected a learning rate other than "
-                "0 to convert the velocity of the sutskever formulation"
-            )
-        return momentum / -as_scalar(hyper.lr, "lr")
-
-    def _keep_momentum(self, param: Tensor, momentum: Tensor | None, formulation: str) -> None:
-        state = self.state[param]
-        state[STATE_KEY[formulation]] = momentum
-        state.pop(STATE_KEY[_OTHER[formulation]], None)
 
     def _differentiable_step(
         self, found_inf: float | Tensor | None, grad_scale: float | Tensor
@@ -743,7 +656,7 @@ class SGD(torch.optim.SGD):
                 new_param, new_momentum = sgd_formula(param.clone(), param.grad, momentum, hyper)
                 param.copy_(new_param)
                 if hyper.state_key is not None:
-                    self._keep_momentum(param, new_momentum, hyper.formulation)
+                    self._states.keep_momentum(param, new_momentum, hyper)
         if self._ema is not None:
             with torch.no_grad():
                 self._plan.run_ema(self._ema._shadow_of, self._ema.decay, self._subject)
@@ -759,46 +672,4 @@ class SGD(torch.optim.SGD):
         return f"{stream} of a parameter that only the EMA tracks"
 
 
-# What a param group has beyond torch's options, and what it is where nothing is said.
-_OWN_OPTIONS = {
-    "formulation": "torch",
-    "decoupled_weight_decay": False,
-    "reset_grads": False,
-    "state_dtype": None,
-    "master_weights": None,
-    "stochastic_rounding": False,
-    "rounding_seed": 0,
-    "rounding_steps": 0,
-    "max_grad_norm": None,
-    "capturable": False,
-}
-
 _OUR_DEVICES = ("cpu", "cuda")
-
-
-def _check_rounding(group: dict[str, Any]) -> None:
-    for option in ("rounding_seed", "rounding_steps"):
-        check_uint64(group[option], option)
-
-
-def _common_max_grad_norm(groups: list[dict[str, Any]]) -> float | Tensor | None:
-    """Raises ValueError unless all groups name the same, since there is one norm."""
-    found: list[float | Tensor | None] = [group["max_grad_norm"] for group in groups]
-    for max_norm in found:
-        check_max_grad_norm(max_norm)
-    if any(not _is_same(max_norm, found[0]) for max_norm in found):
-        raise ValueError(
-            "max_grad_norm: one norm is taken over all param groups; expected the same value in "
-            f"each, got {found}"
-        )
-    return found[0] if found else None
-
-
-def _is_same(one: float | Tensor | None, other: float | Tensor | None) -> bool:
-    """Tensors may change: they are the same only if they are one."""
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return one is other
-    return one == other
-
-
-_OTHER = {"torch": "sutskever", "sutskever": "torch"}

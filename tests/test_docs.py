@@ -10,7 +10,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "building.md"
-SPEAKERS = ("_doctor_findings.py", "_native.py", "_plan.py", "_toolchain.py", "doctor.py")
+SPEAKERS = (
+    "_cuda_advice.py",
+    "_doctor_findings.py",
+    "_native.py",
+    "_plan.py",
+    "_toolchain.py",
+    "doctor.py",
+)
 
 
 def squeezed(text: str) -> str:

@@ -674,13 +674,13 @@ CUDA_ERRORS = {
 
 @pytest.mark.parametrize("code", CUDA_ERRORS)
 def test_an_error_of_cuda_comes_with_advice(code):
-    advice = fused_opt._plan.cuda_advice(code)
+    advice = fused_opt._cuda_advice.cuda_advice(code)
     for word in CUDA_ERRORS[code]:
         assert re.search(word, advice), f"{word!r} is not in: {advice}"
 
 
 def test_an_error_of_cuda_without_advice_is_still_text():
-    assert isinstance(fused_opt._plan.cuda_advice(999), str)
+    assert isinstance(fused_opt._cuda_advice.cuda_advice(999), str)
 
 
 @pytest.mark.parametrize("code", [209, 222])
@@ -715,7 +715,7 @@ def test_a_driver_too_old_for_the_runtime_is_told_which_one_to_get(monkeypatch):
         ("13.0", r"R580 \(CUDA 13\.0\)"),
     ):
         monkeypatch.setattr(fused_opt._C, "cuda_version", cuda_version)
-        advice = fused_opt._plan.cuda_advice(35)
+        advice = fused_opt._cuda_advice.cuda_advice(35)
         assert re.search(f"made with CUDA {cuda_version}. Update the driver to {driver} or", advice)
         assert "`python -m fused_opt.doctor`" in advice
 
