@@ -113,11 +113,11 @@ def common_max_grad_norm(groups: list[dict[str, Any]]) -> float | Tensor | None:
     found: list[float | Tensor | None] = [group["max_grad_norm"] for group in groups]
     for max_norm in found:
         check_max_grad_norm(max_norm)
-    if any(not _is_same(max_norm, found[0]) for max_norm in found):
-        raise ValueError(
-            "max_grad_norm: one norm is taken over all param groups; expected the same value in "
-            f"each, got {found}"
-        )
+        if not _is_same(max_norm, found[0]):
+            raise ValueError(
+                "max_grad_norm: one norm is taken over all param groups; expected the same value "
+                f"in each, got {found}"
+            )
     return found[0] if found else None
 
 

@@ -61,6 +61,9 @@ class Rows(NamedTuple):
         )
 
 
+_NO_ROWS = Rows([], None, None, None, None)
+
+
 class Clip(NamedTuple):
     """The norm of all gradients, and the coefficient that clips them.
 
@@ -153,7 +156,7 @@ class Plan:
 
         if for_torch or scattered:
             self._add_refused(rows(refused), for_torch, scattered, group, hyper, decay, False)
-        return rows(fresh)
+        return rows(fresh) if fresh[0] else _NO_ROWS
 
     def add_sgd(self, rows: Rows, hyper: SgdHyper, decay: float | Tensor) -> None:
         """Adds momentum SGD on rows that have all their momentum, and the EMA of their shadows."""

@@ -362,9 +362,10 @@ class SGD(torch.optim.SGD):
 
     def _home(self) -> torch.device | None:
         """Where steps are counted on a device, if they can be."""
-        params = (param for group in self.param_groups for param in group["params"])
-        device = next((param.device for param in params), torch.device("cpu"))
-        return device if device.type in _OUR_DEVICES else None
+        for group in self.param_groups:
+            for param in group["params"]:
+                return param.device if param.device.type in _OUR_DEVICES else None
+        return torch.device("cpu")
 
     @property
     def ema(self) -> EMA | None:
@@ -552,19 +553,17 @@ class SGD(torch.optim.SGD):
 
     def _run(self, clip: Clip | None, found_inf: Tensor | None) -> None:
         """Runs the plan, and counts the step: on the device if only that knows how often."""
+        rounding = [group for group in self.param_groups if group["stochastic_rounding"]]
         counters = [] if self._ema is None else [self._ema._updates]
-        if any(group["stochastic_rounding"] for group in self.param_groups):
-            counters.append(self._rounding_steps)
-        gate = None
-        if found_inf is not None or counters:
-            gate = self._gate(found_inf, counters)
+        counters += [self._rounding_steps] if rounding else []
+        gate = self._gate(found_inf, counters) if found_inf is not None or counters else None
         self._plan.run(clip, gate)
         if gate is not None:
             return
         if self._ema is not None:
             self._ema._updates.add()
-        for group in self.param_groups:
-            group["rounding_steps"] += bool(group["stochastic_rounding"])
+        for group in rounding:
+            group["rounding_steps"] += 1
 
     def _gate(self, found_inf: Tensor | None, counters: list[Counter]) -> Gate | None:
         """What a device decides and counts; None if the host knows that the step is taken once."""
