@@ -123,7 +123,7 @@ def common_max_grad_norm(groups: list[dict[str, Any]]) -> float | Tensor | None:
 
 def _is_same(one: float | Tensor | None, other: float | Tensor | None) -> bool:
     """Tensors may change: they are the same only if they are one."""
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
+    if one is other or isinstance(one, Tensor) or isinstance(other, Tensor):
         return one is other
     return one == other
 

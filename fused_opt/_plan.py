@@ -346,22 +346,30 @@ class Plan:
             step(None if clip is None else clip.coefficient)
         self._fill_copies()
         devices = self._native.devices()
+        steps = self._rounding_steps
+        if clip is None and gate is None and steps is None and not self._tensors:
+            for device in devices:
+                self._launch(device, self._native.run, 0)
+        else:
+            self._run_by_scalars(devices, clip, gate, steps)
+        self._write_copies()
+
+    def _run_by_scalars(
+        self, devices: list[int], clip: Clip | None, gate: Gate | None, steps: Tensor | None
+    ) -> None:
+        """Launches what depends on numbers that are tensors."""
         if gate is not None and _index_of(gate.home) not in devices:
             devices.append(_index_of(gate.home))
-        steps = self._rounding_steps
         # Copied before a device counts this step.
         steps_on = {d: None if steps is None else steps.to(_device_of(d)) for d in devices}
         for device in devices:
             memory = self._set_scalars(device, clip, gate, steps_on[device])
             self._launch(device, self._native.run, 0 if memory is None else memory.data_ptr())
-        self._write_copies()
 
     def _set_scalars(
         self, device: int, clip: Clip | None, gate: Gate | None, rounding_steps: Tensor | None
     ) -> Tensor | None:
         """Tells the native plan what it has to read on a device, and returns the memory for it."""
-        if not self._tensors and clip is None and gate is None and rounding_steps is None:
-            return None
         if rounding_steps is not None:
             self._scalars.append(rounding_steps)
             self._native.set_rounding_steps(rounding_steps.data_ptr())

@@ -358,7 +358,7 @@ class SGD(torch.optim.SGD):
         return ParamStates(self.state, self._subject)
 
     def _is_capturable(self) -> bool:
-        return any(group["capturable"] for group in self.param_groups)
+        return True in [group["capturable"] for group in self.param_groups]
 
     def _home(self) -> torch.device | None:
         """Where steps are counted on a device, if they can be."""
@@ -530,7 +530,7 @@ class SGD(torch.optim.SGD):
         plan, ema = self._plan, self._ema
         shadows = ema._shadow_of if ema is not None else None
         decay = ema.decay if ema is not None else 0.0
-        if ema is not None:
+        if isinstance(decay, Tensor):  # which may have changed in place
             check_decay(decay)
         started: list[tuple[Rows, SgdHyper]] = []
         roundings = group_roundings(self.param_groups, self._rounding_steps.held(self._home()))
