@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_opt import SGD
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 FULL_DTYPES = (torch.float32, torch.float64)
@@ -402,3 +404,24 @@ def trajectory(
     for step in range(steps):
         set_gradients(params, seed=step)
         checked_step(optimizer, tracked)
+
+
+def all_params(optimizer: SGD) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def everything(optimizer: SGD) -> list[Tensor]:
+    """All that a step may change, except the gradients."""
+    state = [
+        value
+        for p in all_params(optimizer)
+        for _, value in sorted(optimizer.state.get(p, {}).items())
+    ]
+    shadows = [] if optimizer.ema is None else list(optimizer.ema.shadows.values())
+    return [*all_params(optimizer), *state, *shadows]
+
+
+def assert_all_same_bits(one: list[Tensor], two: list[Tensor]) -> None:
+    assert len(one) == len(two)
+    for i, (a, b) in enumerate(zip(one, two, strict=True)):
+        assert_same_bits(a, b, f"tensor {i}")

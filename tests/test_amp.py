@@ -16,7 +16,16 @@ from typing import Any
 
 import pytest
 import torch
-from reference import assert_same_bits, make_params, momentum_of, random_tensor, set_gradients
+from reference import (
+    all_params,
+    assert_all_same_bits,
+    assert_same_bits,
+    everything,
+    make_params,
+    momentum_of,
+    random_tensor,
+    set_gradients,
+)
 from torch import Tensor
 
 import fused_opt
@@ -28,29 +37,8 @@ INF, NAN = math.inf, math.nan
 SHAPES = [(), (7,), (65, 3), (8193,)]
 
 
-def all_params(optimizer: SGD) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def everything(optimizer: SGD) -> list[Tensor]:
-    """All that a step may change, except the gradients."""
-    state = [
-        value
-        for p in all_params(optimizer)
-        for _, value in sorted(optimizer.state.get(p, {}).items())
-    ]
-    shadows = [] if optimizer.ema is None else list(optimizer.ema.shadows.values())
-    return [*all_params(optimizer), *state, *shadows]
-
-
 def snapshot(optimizer: SGD) -> list[Tensor]:
     return [t.detach().clone() for t in everything(optimizer)]
-
-
-def assert_equal(one: list[Tensor], two: list[Tensor]) -> None:
-    assert len(one) == len(two)
-    for i, (a, b) in enumerate(zip(one, two, strict=True)):
-        assert_same_bits(a, b, f"tensor {i}")
 
 
 # --- hyper-parameters as tensors -----------------------------------------------------------------
@@ -104,7 +92,7 @@ def test_a_tensor_is_the_number_that_it_holds(name, shape, dtype, device):
             for group in twin.param_groups:
                 group["momentum"] = 1e-300
         twin.step()
-        assert_equal(everything(optimizer), everything(twin))
+        assert_all_same_bits(everything(optimizer), everything(twin))
         assert_same_bits(optimizer.grad_norm, twin.grad_norm)
 
 
@@ -124,7 +112,7 @@ def test_all_hyper_parameters_may_be_tensors_at_once(decoupled, formulation, dty
         optimizer.grad_scale, twin.grad_scale = scale, 512.0
         optimizer.step()
         twin.step()
-        assert_equal(everything(optimizer), everything(twin))
+        assert_all_same_bits(everything(optimizer), everything(twin))
 
 
 def test_groups_mix_tensors_and_numbers(device):
@@ -142,7 +130,7 @@ def test_groups_mix_tensors_and_numbers(device):
         for each in (optimizer, twin):
             set_gradients(all_params(each), step)
             each.step()
-    assert_equal(everything(optimizer), everything(twin))
+    assert_all_same_bits(everything(optimizer), everything(twin))
 
 
 def test_one_tensor_may_be_lr_of_groups_that_lie_scattered(device):
@@ -174,7 +162,7 @@ def test_the_functional_forms_take_tensors(name, device):
             sgd_step_(params, grads, buffers, shadows=shadows, **options)
         ema_update_(shadows, params, decay=options["decay"])
         results.append([*params, *buffers, *shadows])
-    assert_equal(*results)
+    assert_all_same_bits(*results)
 
 
 @pytest.mark.parametrize("formulation", ["torch", "sutskever"])
@@ -188,7 +176,7 @@ def test_momentum_that_is_a_tensor_of_0_is_kept_and_changes_nothing(formulation,
             set_gradients(all_params(each), step)
             each.step()
     assert all(momentum_of(optimizer, p) is not None for p in all_params(optimizer))
-    assert_equal(all_params(optimizer), all_params(twin))
+    assert_all_same_bits(all_params(optimizer), all_params(twin))
 
 
 def test_hyper_parameters_on_the_cpu_serve_sparse_gradients_too():
@@ -215,7 +203,7 @@ def test_tensors_that_are_not_one_number_are_refused_by_name(name, wrong):
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match=name):
         optimizer.step()
-    assert_equal(everything(optimizer), before)
+    assert_all_same_bits(everything(optimizer), before)
 
 
 def test_max_grad_norm_is_one_tensor_in_all_groups(device):
@@ -249,7 +237,7 @@ def test_max_grad_norm_stays_one_tensor_in_copies(way, device):
     for each in (optimizer, twin):
         set_gradients(all_params(each), seed=1)
         each.step()
-    assert_equal(everything(optimizer), everything(twin))
+    assert_all_same_bits(everything(optimizer), everything(twin))
 
 
 def test_a_step_lets_go_of_its_tensors(device):
@@ -279,7 +267,7 @@ def test_an_ema_reads_its_decay_at_each_update(device):
                 p.copy_(random_tensor(p.shape, device=device, seed=30 * step + i))
         ema.update()
         twin.update()
-        assert_equal(list(ema.shadows.values()), list(twin.shadows.values()))
+        assert_all_same_bits(list(ema.shadows.values()), list(twin.shadows.values()))
 
 
 def test_a_decay_is_saved_as_a_number_and_loaded_into_its_tensor(device):
@@ -317,7 +305,7 @@ def test_a_decay_that_leaves_its_range_is_refused_and_nothing_changes(wrong):
     with pytest.raises(ValueError, match="decay"):
         ema_update_(list(ema.shadows.values()), params, decay=decay)
     optimizer.ema = ema
-    assert_equal(everything(optimizer), before)
+    assert_all_same_bits(everything(optimizer), before)
     assert ema.num_updates == 0
 
 
@@ -391,7 +379,7 @@ def test_a_skipped_step_changes_nothing_but_gradients_to_reset(name, dtype, mast
     for i, found in enumerate(FOUND):
         run.step(seed=10 + i, found=found)
         after = [*all_params(run.optimizer), *run.ema.shadows.values()]
-        assert_equal(after, before)
+        assert_all_same_bits(after, before)
         assert run.ema.num_updates == steps
         if options.get("reset_grads"):
             assert not any(p.grad.any() for p in run.trained)
@@ -405,7 +393,7 @@ def test_a_skipped_step_changes_nothing_but_gradients_to_reset(name, dtype, mast
     for step in range(2):
         run.step(seed=50 + step, found=0.0)
         twin.step(seed=50 + step, found=None)
-    assert_equal(everything(run.optimizer), everything(twin.optimizer))
+    assert_all_same_bits(everything(run.optimizer), everything(twin.optimizer))
     assert run.ema.num_updates == twin.ema.num_updates == steps + 2
     assert type(run.ema.num_updates) is int
 
@@ -417,7 +405,7 @@ def test_a_step_without_a_scaler_knows_nothing_of_the_last(device):
     before = [p.detach().clone() for p in params]
     optimizer.found_inf = torch.tensor(1.0, device=device)
     optimizer.step()
-    assert_equal([p.detach() for p in params], before)
+    assert_all_same_bits([p.detach() for p in params], before)
     del optimizer.found_inf
     optimizer.step()
     for p, old in zip(params, before, strict=True):
@@ -434,7 +422,7 @@ def test_a_skipped_step_resets_large_gradients_to_the_last_element(dtype, device
     optimizer = SGD(params, lr=0.1, reset_grads=True, capturable=True)
     optimizer.found_inf = torch.tensor(1.0, device=device)
     optimizer.step()
-    assert_equal([p.detach() for p in params], before)
+    assert_all_same_bits([p.detach() for p in params], before)
     assert not any(p.grad.any() for p in params)
     assert int(memory.count_nonzero()) == 300_000 - 200_003 - 8191
 
@@ -481,7 +469,7 @@ def test_momentum_is_not_converted_by_a_skipped_step(capturable, device):
         for group in each.optimizer.param_groups:
             group["lr"] = 0.7
         each.step(seed=2, found=0.0)
-    assert_equal(everything(run.optimizer), everything(twin.optimizer))
+    assert_all_same_bits(everything(run.optimizer), everything(twin.optimizer))
 
 
 def sparse_grad(device: torch.device, value: float) -> Tensor:
@@ -523,7 +511,7 @@ def test_a_step_that_raises_under_a_scaler_has_changed_nothing(device):
     before = snapshot(run.optimizer)
     with pytest.raises(ValueError, match="momentum"):
         run.step(seed=1, found=0.0)
-    assert_equal(everything(run.optimizer), before)
+    assert_all_same_bits(everything(run.optimizer), before)
     assert run.ema.num_updates == 1
     del run.optimizer.grad_scale, run.optimizer.found_inf
     state["momentum_buffer"] = kept
@@ -602,8 +590,8 @@ def test_our_scaler_does_what_torchs_does(options, dtype, device):
         for optimizer, scaler in zip(optimizers, (one, two), strict=True):
             scaled_step(optimizer, scaler, step, spoil)
         assert one.state_dict() == two.state_dict(), step
-        assert_equal(everything(optimizers[0]), everything(optimizers[1]))
-        assert_equal(*([p.grad for p in all_params(optimizer)] for optimizer in optimizers))
+        assert_all_same_bits(everything(optimizers[0]), everything(optimizers[1]))
+        assert_all_same_bits(*([p.grad for p in all_params(optimizer)] for optimizer in optimizers))
         if "max_grad_norm" in options:
             assert_same_bits(optimizers[0].grad_norm, optimizers[1].grad_norm)
         else:
@@ -690,7 +678,7 @@ def test_explicit_unscaling_takes_torchs_way(device):
             scaler.update()
         results.append([*everything(optimizer), *(p.grad for p in params)])
     assert one.state_dict() == two.state_dict()
-    assert_equal(*results)
+    assert_all_same_bits(*results)
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
@@ -708,7 +696,7 @@ def test_other_optimizers_take_torchs_way(make, device):
         results.append([*params, *others])
     assert one.state_dict() == two.state_dict()
     assert one.get_scale() == 256.0
-    assert_equal(*results)
+    assert_all_same_bits(*results)
 
 
 def test_a_differentiable_step_takes_torchs_way(device):
@@ -818,11 +806,11 @@ def test_a_users_scale_multiplies_in(device):
         optimizer.grad_scale = torch.tensor(4.0, device=device)
         scaled_step(optimizer, scaler, 0, None)
         results.append([*params, optimizer.grad_norm])
-    assert_equal(*results)
+    assert_all_same_bits(*results)
     plain = make_params(SHAPES, device=device)
     twin = SGD(plain, lr=0.1, max_grad_norm=0.5)
     set_gradients(plain, seed=0)
     for p in plain:
         p.grad.div_(4.0)
     twin.step()
-    assert_equal(results[0], [*plain, twin.grad_norm])
+    assert_all_same_bits(results[0], [*plain, twin.grad_norm])

@@ -14,7 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from reference import assert_same_bits, make_params, momentum_of, random_tensor, set_gradients
+from reference import (
+    all_params,
+    assert_all_same_bits,
+    assert_same_bits,
+    everything,
+    make_params,
+    momentum_of,
+    random_tensor,
+    set_gradients,
+)
 from torch import Tensor
 
 import fused_opt
@@ -30,27 +39,6 @@ INF, NAN = math.inf, math.nan
 SHAPES = [(), (7,), (65, 3), (8193,)]
 MASTERS = [(F32, None), (F64, None), (F16, None), (F16, "fp32"), (F16, "kahan")]
 MASTERS += [(BF16, mode) for mode in (None, "fp32", "split", "kahan")]
-
-
-def all_params(optimizer: SGD) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def everything(optimizer: SGD) -> list[Tensor]:
-    """All that a step may change, except the gradients."""
-    state = [
-        value
-        for p in all_params(optimizer)
-        for _, value in sorted(optimizer.state.get(p, {}).items())
-    ]
-    shadows = [] if optimizer.ema is None else list(optimizer.ema.shadows.values())
-    return [*all_params(optimizer), *state, *shadows]
-
-
-def assert_equal(one: list[Tensor], two: list[Tensor]) -> None:
-    assert len(one) == len(two)
-    for i, (a, b) in enumerate(zip(one, two, strict=True)):
-        assert_same_bits(a, b, f"tensor {i}")
 
 
 def build(device: torch.device | str, dtype: torch.dtype = F32, **options: Any) -> SGD:
@@ -156,7 +144,7 @@ def test_state_that_exists_is_left_as_it_is(device):
         assert optimizer.state[p].keys() == state.keys()
         assert all(optimizer.state[p][key] is value for key, value in state.items())
     optimizer.param_groups.pop()
-    assert_equal(everything(optimizer), values)
+    assert_all_same_bits(everything(optimizer), values)
 
 
 @pytest.mark.parametrize("wrong", [1, None, "yes"])
@@ -179,7 +167,7 @@ def test_dampening_is_refused(dampening):
     before = [t.detach().clone() for t in everything(optimizer)]
     with pytest.raises(ValueError, match=r"capturable.*dampening"):
         optimizer.step()
-    assert_equal(everything(optimizer), before)
+    assert_all_same_bits(everything(optimizer), before)
     build("cpu", dampening=torch.tensor(0.0), capturable=True)
 
 
@@ -190,7 +178,7 @@ def test_a_checkpoint_with_dampening_is_refused_and_nothing_changes():
     with pytest.raises(ValueError, match=r"capturable.*dampening"):
         optimizer.load_state_dict(stock.state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.1
-    assert_equal(everything(optimizer), before)
+    assert_all_same_bits(everything(optimizer), before)
 
 
 def test_a_group_that_cannot_be_prepared_is_not_added():
@@ -233,10 +221,10 @@ def test_a_capturable_step_has_the_bits_of_another(dtype, master, options, devic
         for each in (optimizer, twin):
             set_gradients(all_params(each)[: 3 + step % 2], step)  # one of them is late
             each.step()
-        assert_equal(all_params(optimizer), all_params(twin))
-        assert_equal(list(optimizer.ema.shadows.values()), list(twin.ema.shadows.values()))
+        assert_all_same_bits(all_params(optimizer), all_params(twin))
+        assert_all_same_bits(list(optimizer.ema.shadows.values()), list(twin.ema.shadows.values()))
         assert optimizer.ema.num_updates == twin.ema.num_updates == step + 1
-    assert_equal(everything(optimizer), everything(twin))
+    assert_all_same_bits(everything(optimizer), everything(twin))
     if "max_grad_norm" in options:
         assert_same_bits(optimizer.grad_norm, twin.grad_norm)
 
@@ -362,7 +350,7 @@ def test_a_capture_without_state_raises_and_changes_nothing(options, word, captu
     capturing(True)
     with pytest.raises(RuntimeError, match=f"{word}.*capturable=True"):
         optimizer.step()
-    assert_equal(everything(optimizer), before)
+    assert_all_same_bits(everything(optimizer), before)
     assert [p._version for p in all_params(optimizer)] == versions
     assert not optimizer.state
     assert optimizer.ema.num_updates == 0
@@ -380,7 +368,7 @@ def test_a_capture_that_rounds_stochastically_wants_to_be_capturable(capturing):
     capturing(True)
     with pytest.raises(RuntimeError, match=r"stochastic_rounding.*capturable=True"):
         optimizer.step()
-    assert_equal(everything(optimizer), before)
+    assert_all_same_bits(everything(optimizer), before)
     assert optimizer.ema.num_updates == 1
     capturing(False)
     optimizer = build("cpu", BF16, stochastic_rounding=True, capturable=True)
@@ -460,7 +448,7 @@ def test_the_first_step_may_be_captured(dtype, master, options):
         twin.step()
         if "max_grad_norm" in options:
             assert_same_bits(optimizer.grad_norm, twin.grad_norm)
-    assert_equal(everything(optimizer), everything(twin))
+    assert_all_same_bits(everything(optimizer), everything(twin))
     assert optimizer.ema.num_updates == 4
     optimizer.step()  # eager steps go on counting
     assert optimizer.ema.num_updates == 5
@@ -498,7 +486,7 @@ def test_a_replayed_step_reads_every_hyper_parameter():
         set_gradients(all_params(twin), step)
         graph.replay()
         twin.step()
-        assert_equal(everything(optimizer), everything(twin))
+        assert_all_same_bits(everything(optimizer), everything(twin))
 
 
 @cuda
@@ -536,9 +524,9 @@ def test_a_scalers_step_is_captured_and_replayed(max_norm, make):
         twin_scaler.step(twin)
         twin_scaler.update()
         assert scaler.get_scale() == twin_scaler.get_scale()
-        assert_equal(all_params(optimizer), all_params(twin))
+        assert_all_same_bits(all_params(optimizer), all_params(twin))
         assert not any(p.grad.any() for p in all_params(optimizer))
-    assert_equal(everything(optimizer), everything(twin))
+    assert_all_same_bits(everything(optimizer), everything(twin))
     assert optimizer.ema.num_updates == 4
 
 
@@ -566,7 +554,7 @@ def test_a_capture_of_a_cold_optimizer_raises_and_changes_nothing():
     with pytest.raises(RuntimeError, match="momentum_buffers of parameter 0 in group 0"):
         captured(optimizer.step)
     torch.cuda.synchronize()
-    assert_equal(everything(optimizer), before)
+    assert_all_same_bits(everything(optimizer), before)
     assert not optimizer.state
 
 
@@ -632,7 +620,7 @@ def test_a_graph_outlives_steps_that_need_more_memory():
         twin.step()
     set_gradients(params, seed=1)
     graph.replay()
-    assert_equal(params, all_params(twin))
+    assert_all_same_bits(params, all_params(twin))
     assert all(t.isnan().all() for t in junk)
 
 
@@ -652,7 +640,7 @@ def test_many_groups_read_their_own_numbers(count):
         for each in (optimizer, twin):
             set_gradients(all_params(each), step)
             each.step()
-    assert_equal(everything(optimizer), everything(twin))
+    assert_all_same_bits(everything(optimizer), everything(twin))
     assert optimizer.ema.num_updates == 2
 
 
