@@ -67,7 +67,7 @@ def check_uint64(value: Any, name: str) -> None:
 def check_decay(decay: Any) -> None:
     """Raises ValueError unless it is a number in [0, 1], or a tensor of one on a GPU."""
     number = visible(decay, "decay")
-    if number is not HIDDEN and not (_is_number(number) and 0.0 <= number <= 1.0):
+    if not (is_hidden(decay) or (_is_number(number) and 0.0 <= number <= 1.0)):
         raise ValueError(f"Invalid decay: {decay!r}, expected a number in [0, 1]")
 
 
@@ -76,9 +76,7 @@ def check_max_grad_norm(max_grad_norm: Any) -> None:
     if max_grad_norm is None:
         return
     number = visible(max_grad_norm, "max_grad_norm")
-    if number is HIDDEN:
-        return
-    if not (_is_number(number) and number > 0):  # NaN compares false
+    if not (is_hidden(max_grad_norm) or (_is_number(number) and number > 0)):  # NaN compares false
         raise ValueError(
             f"Invalid max_grad_norm: {max_grad_norm!r}, expected None or a number above 0"
         )
@@ -139,18 +137,17 @@ def as_scalar(value: float | Tensor, name: str) -> float | Tensor:
     return value.reshape(())
 
 
-#: Stands for what a tensor holds on a GPU, where to look would wait for it, or in a graph that is
-#: being traced.
-HIDDEN = object()
+def is_hidden(value: Any) -> bool:
+    """Whether to look at a hyper-parameter would wait for a GPU, or break a graph being traced."""
+    return isinstance(value, Tensor) and (value.is_cuda or torch.compiler.is_compiling())
 
 
 def visible(value: Any, name: str) -> Any:
-    """A hyper-parameter as the number that a tensor holds, or :data:`HIDDEN`."""
-    if not isinstance(value, Tensor):
-        return value
+    """A hyper-parameter as the number that a tensor holds; None if it is hidden."""
     scalar = as_scalar(value, name)
-    is_hidden = value.is_cuda or torch.compiler.is_compiling()
-    return HIDDEN if is_hidden else scalar.item()  # type: ignore[union-attr]
+    if not isinstance(scalar, Tensor):
+        return scalar
+    return None if is_hidden(scalar) else scalar.item()
 
 
 def _is_number(value: Any) -> bool:

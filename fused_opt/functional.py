@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fused_opt import _ops
 from fused_opt._hyper import (
-    HIDDEN,
     SgdHyper,
     check_decay,
     check_formulation,
     check_state_dtype,
     check_uint64,
+    is_hidden,
     visible,
 )
 from fused_opt._plan import Rows, thread_plan
@@ -208,10 +208,10 @@ def _check(hyper: SgdHyper) -> None:
     names = {"lr": "learning rate", "momentum": "momentum value", "weight_decay": "weight_decay"}
     numbers = {name: visible(getattr(hyper, name), name) for name in (*names, "dampening")}
     for name, words in names.items():
-        if numbers[name] is not HIDDEN and numbers[name] < 0.0:
+        if not is_hidden(getattr(hyper, name)) and numbers[name] < 0.0:
             raise ValueError(f"Invalid {words}: {numbers[name]}")
-    has_momentum = numbers["momentum"] is HIDDEN or numbers["momentum"] > 0
-    undamped = numbers["dampening"] is HIDDEN or numbers["dampening"] == 0
+    has_momentum = is_hidden(hyper.momentum) or numbers["momentum"] > 0
+    undamped = is_hidden(hyper.dampening) or numbers["dampening"] == 0
     if hyper.nesterov and not (has_momentum and undamped):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
     check_formulation(hyper.formulation)
