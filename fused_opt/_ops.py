@@ -18,6 +18,7 @@ from fused_opt._hyper import SgdHyper
 # A number that is a tensor has an argument of its own, which takes the other's place.
 #: The fields of :class:`SgdHyper` that may be one.
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
+_KEPT = "momentum_tensor"
 #: Its other fields that matter to a step.
 _FLAGS = ("nesterov", "maximize", "formulation", "decoupled_weight_decay", "state_dtype")
 
@@ -187,11 +188,15 @@ def _signed(number: int) -> int:
 
 
 def _joined(options: dict[str, Any]) -> dict[str, Any]:
-    """The opposite of :func:`_number`, for all that are there."""
+    """The opposite of :func:`_number`, for all that are there.
+
+    The momentum stays a tensor where it is one: as a number it could be 0, which keeps no buffers,
+    and those that the graph has made would stay empty.
+    """
     joined = {name: value for name, value in options.items() if not name.endswith("_tensor")}
     for name, value in options.items():
         if name.endswith("_tensor") and value is not None:
-            is_number = value.device.type == "cpu" and value.dim() == 0
+            is_number = value.device.type == "cpu" and value.dim() == 0 and name != _KEPT
             joined[name.removesuffix("_tensor")] = value.item() if is_number else value
     return joined
 

@@ -270,6 +270,19 @@ def test_a_number_that_is_a_tensor_may_change(shape, name, device, backend):
     assert graphs() == 1
 
 
+@pytest.mark.parametrize("buffers", ["none", "all"])
+def test_a_momentum_that_is_a_tensor_is_kept_where_it_holds_0(buffers, device, backend):
+    inductor_at_hand(device)
+    compiled = torch.compile(step_with_lists, fullgraph=True, backend=backend)
+    actual, expected = (Lists(device, buffers=buffers) for _ in range(2))
+    for call in range(CALLS):
+        momentum = torch.tensor(0.3 * (call % 2), device=device)
+        actual.options["momentum"] = expected.options["momentum"] = momentum
+        actual.step(compiled, call)
+        expected.step(step_with_lists, call)
+        actual.assert_same(expected, f"call {call}")
+
+
 @pytest.mark.parametrize("name", ["lr", "momentum", "dampening", "weight_decay", "decay"])
 def test_a_number_that_changes_is_compiled_once_more(name, backend):
     compiled = torch.compile(step_with_lists, fullgraph=True, backend=backend)
