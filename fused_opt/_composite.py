@@ -45,7 +45,8 @@ def sgd_formula(
         new_buffer = gain * descent
     else:
         new_buffer = momentum * momentum_buffer + gain * (1 - dampening) * descent
-    update = gain * descent + momentum * new_buffer if hyper.nesterov else new_buffer
+    # In this order: torch adds sparse to dense, and not dense to sparse.
+    update = momentum * new_buffer + gain * descent if hyper.nesterov else new_buffer
     if hyper.formulation == "sutskever":
         return param + update, new_buffer
     return param - lr * update, new_buffer
@@ -70,17 +71,21 @@ def sgd_step_(
 
     ``momentum_buffers`` may hold None, which is replaced; it is ignored without momentum.
     """
-    if hyper.formulation == "torch":
+    # For torch a momentum of 0 is none, but one that is a tensor is kept.
+    if hyper.formulation == "torch" and bool(hyper.momentum) == hyper.has_momentum():
         options: dict[str, Any] = {
             name: getattr(hyper, name)
-            for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+            for name in ("lr", "dampening", "weight_decay", "nesterov", "maximize")
         }
+        options["momentum"] = float(hyper.momentum)
         if hyper.decoupled_weight_decay:
             decay = as_scalar(options.pop("weight_decay"), "weight_decay")
             for param in params:
                 param.mul_(1 - as_scalar(hyper.lr, "lr") * decay)
             options["weight_decay"] = 0
         own_grads = [unscaled(grad, hyper) for grad in grads]
+        if hyper.nesterov:
+            own_grads = list(map(_addable, own_grads, momentum_buffers))
         torch_sgd(params, own_grads, momentum_buffers, foreach=False, fused=False, **options)
     else:
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
@@ -94,6 +99,12 @@ def sgd_step_(
     if hyper.reset_grads:
         for grad in grads:
             grad.zero_()
+
+
+def _addable(grad: Tensor, buffer: Tensor | None) -> Tensor:
+    """A gradient to which torch can add the momentum: not sparse where that is dense."""
+    has_dense_momentum = buffer is not None and not buffer.is_sparse
+    return grad.to_dense() if grad.is_sparse and has_dense_momentum else grad
 
 
 def ema_update_(

@@ -213,10 +213,14 @@ class SgdHyper(NamedTuple):
         return bool(visible(self.dampening, "dampening") != 0)
 
     def numbers(self) -> SgdHyper:
-        """The same without tensors; waits for the GPU where one is there."""
+        """The same without tensors; waits for the GPU where one is there.
+
+        But for the momentum, which as a tensor is kept when it is 0: that comes to the CPU.
+        """
+        momentum = as_scalar(self.momentum, "momentum")
         return self._replace(
             lr=float(self.lr),
-            momentum=float(self.momentum),
+            momentum=momentum.cpu() if isinstance(momentum, Tensor) else momentum,
             dampening=float(self.dampening),
             weight_decay=float(self.weight_decay),
             grad_scale=float(self.grad_scale),

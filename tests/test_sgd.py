@@ -1380,6 +1380,49 @@ def test_gradients_may_turn_sparse(rule, device):
     assert_equals_torch(rule, make, give_gradients)
 
 
+def dense_gradients_like_sparse(params: list[torch.nn.Parameter], seed: int) -> None:
+    give_sparse_gradients(params, seed)
+    for p in params:
+        p.grad = p.grad.to_dense()
+
+
+@pytest.mark.parametrize("formulation", ["torch", "sutskever"])
+def test_sparse_gradients_meet_dense_momentum_with_nesterov(formulation, device):
+    """As where all state is made in advance; torch cannot add dense momentum to them."""
+    rule = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+    params, twins = (make_params([(4, 2), (7,)], torch.float64, device) for _ in range(2))
+    optimizer = SGD(params, **rule, formulation=formulation, capturable=True)
+    expected = torch.optim.SGD(twins, **rule, foreach=False)
+    for step in range(4):
+        give_sparse_gradients(params, step)
+        dense_gradients_like_sparse(twins, step)
+        optimizer.step()
+        expected.step()
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("formulation", ["torch", "sutskever"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_that_is_a_tensor_is_kept_for_sparse_gradients(formulation, nesterov, device):
+    """It is 0 at first and in between; the rows that the kernels run do the same."""
+    momentum = torch.tensor(0.9, dtype=torch.float64, device=device)
+    rule = {"lr": 0.1, "momentum": momentum, "nesterov": nesterov, "formulation": formulation}
+    params, twins = (make_params([(4, 2), (7,)], torch.float64, device) for _ in range(2))
+    optimizer, expected = SGD(params, **rule), SGD(twins, **rule)
+    for step, number in enumerate([0.0, 0.9, 0.0, 0.9]):
+        momentum.fill_(number)
+        give_sparse_gradients(params, step)
+        dense_gradients_like_sparse(twins, step)
+        optimizer.step()
+        expected.step()
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q)
+        torch.testing.assert_close(
+            momentum_of(optimizer, p).to_dense(), momentum_of(expected, q).to_dense()
+        )
+
+
 def test_average_and_reset_reach_sparse_gradients(device):
     params = make_params([(4, 2), (7,)], device=device)
     twins = clones(params)
