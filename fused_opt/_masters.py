@@ -42,21 +42,26 @@ def store_(exact: Tensor, param: Tensor, refinement: Tensor) -> None:
         refinement.copy_(bits.view(torch.float32))
 
 
-def new_refinement(param: Tensor, master_weights: str) -> Tensor:
-    """Returns what refines a parameter that is exact as it stands.
-
-    Raises:
-        ValueError: ``"split"`` with another dtype than bfloat16, which it splits a master into.
-    """
-    if master_weights == "fp32":
-        return param.detach().float()
-    if master_weights == "kahan":
-        return torch.zeros_like(param, requires_grad=False)
-    if param.dtype != torch.bfloat16:
+def check_refinable(param: Tensor, master_weights: str) -> None:
+    """Raises ValueError for ``"split"`` with another dtype than bfloat16, which it splits into."""
+    if master_weights == "split" and param.dtype != torch.bfloat16:
         raise ValueError(
             f"expected a bfloat16 parameter with master_weights='split', got {param.dtype}; "
             "'fp32' and 'kahan' take float16 too"
         )
+
+
+def new_refinement(param: Tensor, master_weights: str) -> Tensor:
+    """Returns what refines a parameter that is exact as it stands.
+
+    Raises:
+        ValueError: see :func:`check_refinable`.
+    """
+    check_refinable(param, master_weights)
+    if master_weights == "fp32":
+        return param.detach().float()
+    if master_weights == "kahan":
+        return torch.zeros_like(param, requires_grad=False)
     return torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
 
 

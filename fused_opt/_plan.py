@@ -321,6 +321,7 @@ class Plan:
             RuntimeError: CUDA tensors, and the module has no code for their device.
         """
         self._checked(self._native.check)
+        self._check_capture()
         if self._module.cuda_version is not None:
             return
         on_gpu = [device for device in self._native.devices() if device != _CPU]
@@ -328,6 +329,16 @@ class Plan:
             raise RuntimeError(
                 "the parameters are on CUDA, and fused_opt was built without CUDA kernels. Rebuild "
                 f"it where there is an nvcc, 12.1 or newer: {rebuild_command(on_gpu[0])}"
+            )
+
+    def _check_capture(self) -> None:
+        """A graph would not hold what runs on the CPU: it would run now, and in no replay."""
+        if _CPU not in self._native.devices() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "expected all parameters on CUDA while a CUDA graph is captured, which cannot hold "
+                "the step of those on the CPU; step them with an optimizer of their own"
             )
 
     @property

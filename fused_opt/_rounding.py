@@ -42,7 +42,7 @@ class Rounding(NamedTuple):
     def on_host(self) -> Rounding:
         """The same with all steps in ``step``; waits for the device."""
         more = 0 if self.on_device is None else int(self.on_device)
-        return self._replace(step=self.step + more, on_device=None)
+        return self._replace(step=(self.step + more) & _UINT64, on_device=None)
 
     def take(self, indices: list[int]) -> Rounding:
         return self._replace(ordinals=[self.ordinals[i] for i in indices])

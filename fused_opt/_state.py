@@ -7,13 +7,14 @@ of three modes. Users change both between steps, and load checkpoints of either.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from fused_opt._hyper import HALF_DTYPES, REFINEMENT_KEY, STATE_KEY, SgdHyper, as_scalar
-from fused_opt._masters import converted_refinement, new_refinement
+from fused_opt._masters import check_refinable, converted_refinement, new_refinement
 
+_T = TypeVar("_T")
 _OTHER = {"torch": "sutskever", "sutskever": "torch"}
 
 
@@ -31,10 +32,9 @@ class ParamStates:
         self._state = state
         self._subject = subject
 
-    def has_momentum(self, param: Tensor) -> bool:
-        """Whether there is momentum in either formulation."""
-        state = self._state.get(param, {})
-        return any(state.get(key) is not None for key in STATE_KEY.values())
+    def has_momentum(self, param: Tensor, hyper: SgdHyper) -> bool:
+        """Whether there is momentum in the formulation of ``hyper``."""
+        return self._state.get(param, {}).get(str(hyper.state_key)) is not None
 
     def has_other_momentum(self, param: Tensor, hyper: SgdHyper) -> bool:
         """Whether there is momentum in the formulation that ``hyper`` does not have."""
@@ -64,17 +64,26 @@ class ParamStates:
         state: dict[str, Tensor] = self._state.get(param, {})
         return next((state[key] for key in REFINEMENT_KEY.values() if key in state), None)
 
+    def check_refinable(self, param: Tensor, master_weights: str) -> None:
+        """Raises ValueError for a parameter that the mode cannot refine."""
+        if param.dtype in HALF_DTYPES:
+            self._explained(param, lambda: check_refinable(param, master_weights))
+
     def wanted_refinement(self, param: Tensor, hyper: SgdHyper) -> Tensor | None:
         """What refines the parameter in the mode of ``hyper``: as it is, converted, or new."""
         if not isinstance(param, Tensor) or param.dtype not in HALF_DTYPES:
             return None
         mode, held = str(hyper.master_weights), self.refinement(param)
+        if held is None:
+            return self._explained(param, lambda: new_refinement(param, mode))
+        if hyper.refinement_key in self._state[param]:
+            return held
+        return self._explained(param, lambda: converted_refinement(param, held, mode))
+
+    def _explained(self, param: Tensor, call: Callable[[], _T]) -> _T:
+        """What the call returns; its errors name the parameter."""
         try:
-            if held is None:
-                return new_refinement(param, mode)
-            if hyper.refinement_key in self._state[param]:
-                return held
-            return converted_refinement(param, held, mode)
+            return call()
         except ValueError as error:
             raise ValueError(f"{self._subject('params', param)}: {error}") from None
 

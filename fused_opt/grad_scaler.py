@@ -67,6 +67,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Steps, unless gradients are infinite; as ``torch.amp.GradScaler.step``."""
+        own = {name: vars(optimizer)[name] for name in _TOLD if name in vars(optimizer)}
         try:
             loss = super().step(optimizer, *args, **kwargs)
             if getattr(optimizer, "_sought_inf", None) is not None:
@@ -74,10 +75,20 @@ class GradScaler(torch.amp.GradScaler):
                     f"step: {type(optimizer).__name__}.step has not looked for infinite gradients, "
                     "as fused_opt.SGD.step does; use torch.amp.GradScaler"
                 )
+        except BaseException:
+            # Torch's scaler leaves them, and the next step would unscale twice.
+            for name in _TOLD:
+                vars(optimizer).pop(name, None)
+            vars(optimizer).update(own)
+            raise
         finally:
             if isinstance(optimizer, SGD):
                 optimizer._sought_inf = None
         return loss
+
+
+#: The attributes by which a scaler tells a step what it has found.
+_TOLD = ("found_inf", "grad_scale")
 
 
 #: What a scaler of torch 2.10 to 2.13 is told of infinite gradients by.

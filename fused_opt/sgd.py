@@ -105,10 +105,11 @@ class SGD(torch.optim.SGD):
             from zero, which can be undone.
         stochastic_rounding: rounds bfloat16 and float16 parameters without a refinement, momentum
             and shadows up or down with the odds that keep the mean, so that small steps add up
-            without more state. The random numbers depend on ``rounding_seed``, the steps that the
-            group has taken (``rounding_steps`` in ``param_groups``, saved with it), the parameter's
-            place in ``param_groups``, and the element's in memory: any number of threads and any
-            device give the same bits, and a checkpoint resumes them.
+            without more state. The random numbers depend on ``rounding_seed``, the steps taken
+            since the group was added while any group rounded so (``rounding_steps`` in
+            ``param_groups``, saved with it), the parameter's place in ``param_groups``, and the
+            element's in memory: any number of threads and any device give the same bits, and a
+            checkpoint resumes them.
         rounding_seed: in [0, 2**64). The same for all by default, so that replicas of a model that
             see the same gradients stay the same.
         max_grad_norm: clips the gradients to this 2-norm, taken over all param groups, which must
@@ -210,8 +211,9 @@ class SGD(torch.optim.SGD):
             capturable=capturable,
         )
         self._complete_groups()
-        self._start(ema)
+        self._start(None)
         self._prepare_capture()
+        self.ema = ema  # last: what raises before leaves it free for another optimizer
 
     def _complete_groups(self) -> None:
         """Gives every group our own options, where it has none, and checks them."""
@@ -273,18 +275,43 @@ class SGD(torch.optim.SGD):
         formulation than the group's is converted at the next step, and momentum of another dtype
         than the group's ``state_dtype`` asks for at once.
         """
+        loaded: dict[str, Any] = {}
+
+        # Between the user's hooks, which change what is loaded, and what they find loaded.
+        def complete(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(self._completed(state_dict))
+            return loaded
+
+        def restore(_: Any) -> None:
+            self._restore_dtypes(loaded)
+            self._prepare_capture()
+
+        last_before = self.register_load_state_dict_pre_hook(complete)
+        first_after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last_before.remove()
+            first_after.remove()
+
+    def _completed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint with those of our options that it lacks, once they are checked."""
         groups = state_dict["param_groups"]
         if len(groups) == len(self.param_groups):  # otherwise torch raises
+            owns = [self._with_rounding_steps(group) for group in self.param_groups]
             groups = [
                 {**{option: own[option] for option in OWN_OPTIONS}, **group}
-                for own, group in zip(self.param_groups, groups, strict=True)
+                for own, group in zip(owns, groups, strict=True)
             ]
-            for group in groups:
+            for own, group in zip(owns, groups, strict=True):
                 check_options({**self.defaults, **group})
+                if group["capturable"] and group["master_weights"] is not None:
+                    for param in own[
+                        "params"
+                    ]:  # whose refinements are made as soon as it is loaded
+                        self._states.check_refinable(param, group["master_weights"])
             common_max_grad_norm(groups)
-        super().load_state_dict({**state_dict, "param_groups": groups})
-        self._restore_dtypes(state_dict)
-        self._prepare_capture()
+        return {**state_dict, "param_groups": groups}
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """Takes the state as it was saved, where torch has rounded it to the parameter's dtype."""
@@ -312,6 +339,8 @@ class SGD(torch.optim.SGD):
                 common_max_grad_norm([known, param_group])
         super().add_param_group(param_group)
         if "_plan" in self.__dict__:  # again, not before the constructor is through
+            group = self.param_groups[-1]
+            group["rounding_steps"] = self._shifted(group["rounding_steps"], -1)
             try:
                 self._prepare_capture()
             except ValueError:
@@ -327,12 +356,16 @@ class SGD(torch.optim.SGD):
         for group in self.param_groups:
             hyper = SgdHyper.of_group(group)
             for param in group["params"] if group["capturable"] else ():
-                refines = hyper.refinement_key is not None
-                refinement = states.wanted_refinement(param, hyper) if refines else None
-                started.append((param, hyper, refinement))
-        for param, hyper, refinement in started:
-            if hyper.state_key is not None and not states.has_momentum(param):
-                states.keep_momentum(param, new_momentum(param, hyper), hyper)
+                momentum = refinement = None
+                if hyper.state_key is not None and not states.has_momentum(param, hyper):
+                    momentum = states.converted_momentum(param, hyper)
+                    momentum = new_momentum(param, hyper) if momentum is None else momentum
+                if hyper.refinement_key is not None:
+                    refinement = states.wanted_refinement(param, hyper)
+                started.append((param, hyper, momentum, refinement))
+        for param, hyper, momentum, refinement in started:
+            if momentum is not None:
+                states.keep_momentum(param, momentum, hyper)
             if refinement is not None:
                 states.keep_refinement(param, refinement, hyper)
         self._reserve()
@@ -553,7 +586,7 @@ class SGD(torch.optim.SGD):
 
     def _run(self, clip: Clip | None, found_inf: Tensor | None) -> None:
         """Runs the plan, and counts the step: on the device if only that knows how often."""
-        rounding = [group for group in self.param_groups if group["stochastic_rounding"]]
+        rounding = any(group["stochastic_rounding"] for group in self.param_groups)
         counters = [] if self._ema is None else [self._ema._updates]
         counters += [self._rounding_steps] if rounding else []
         gate = self._gate(found_inf, counters) if found_inf is not None or counters else None
@@ -562,8 +595,9 @@ class SGD(torch.optim.SGD):
             return
         if self._ema is not None:
             self._ema._updates.add()
-        for group in rounding:
-            group["rounding_steps"] += 1
+        if rounding:  # in all groups, as a device does that counts: one may begin to round later
+            for group in self.param_groups:
+                group["rounding_steps"] += 1
 
     def _gate(self, found_inf: Tensor | None, counters: list[Counter]) -> Gate | None:
         """What a device decides and counts; None if the host knows that the step is taken once."""
@@ -598,9 +632,13 @@ class SGD(torch.optim.SGD):
 
         The group itself keeps its part: a captured step has it, and adds the device's.
         """
-        if not group["stochastic_rounding"]:
+        if "rounding_steps" not in group:  # a hook of the user's has left it out
             return group
-        return {**group, "rounding_steps": group["rounding_steps"] + int(self._rounding_steps)}
+        return {**group, "rounding_steps": self._shifted(group["rounding_steps"], +1)}
+
+    def _shifted(self, steps: int, sign: int) -> int:
+        """A count of steps with (+1) or without (-1) those that a device has counted."""
+        return (steps + sign * int(self._rounding_steps)) % 2**64
 
     def _start_state(self, new: Rows, hyper: SgdHyper, decay: float | Tensor) -> list[Rows]:
         """Plans the step of rows whose state is not complete, and returns them with it.

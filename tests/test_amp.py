@@ -786,9 +786,25 @@ def test_a_step_that_raises_leaves_nothing_to_look_for(device):
         scaled_step(optimizer, scaler, 0, None)
     ema.restore()
     params[0].grad.fill_(INF)
-    del optimizer.found_inf, optimizer.grad_scale
     optimizer.step()  # for which nobody has asked to skip
     assert params[0].isinf().all()
+
+
+def test_a_step_that_raises_may_be_taken_again(device):
+    scaler = fused_opt.GradScaler(device.type, init_scale=1024.0)
+    params = make_params([(3,)], device=device)
+    start = params[0].detach().clone()
+    optimizer = SGD(params, lr=1.0)
+    optimizer.grad_scale = torch.tensor(2.0, device=device)  # the user's own stays
+    scaler.scale(torch.zeros((), device=device))
+    params[0].grad = torch.full_like(start, 2048.0)
+    group = optimizer.param_groups[0]
+    group["formulation"] = "wrong"
+    with pytest.raises(ValueError, match="formulation"):
+        scaler.step(optimizer)
+    group["formulation"] = "torch"
+    scaler.step(optimizer)
+    torch.testing.assert_close(params[0].detach(), start - 1)
 
 
 def test_a_torch_without_the_hook_is_refused_by_name(monkeypatch):

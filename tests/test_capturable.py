@@ -399,7 +399,7 @@ def test_a_capture_with_state_of_another_form_raises(capturing):
 
 def test_a_capturable_optimizer_lacks_nothing(capturing):
     capturing(True)
-    with pytest.raises(RuntimeError, match=r"num_updates.*capturable=True"):
+    with pytest.raises(RuntimeError, match=r"rounding_steps.*capturable=True"):
         build("cpu", capturable=True)  # made too late
     capturing(False)
     optimizer = build("cpu", capturable=True)
@@ -417,6 +417,59 @@ def test_an_ema_that_is_attached_later_is_prepared(capturing):
     capturing(True)
     optimizer.step()
     assert optimizer.ema.num_updates == 1
+
+
+def test_momentum_of_another_formulation_is_converted_when_it_is_loaded(capturing):
+    params, twins = (make_params([(17,)]) for _ in range(2))
+    torchs = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    ours = SGD(twins, lr=0.1, momentum=0.9, formulation="sutskever", capturable=True)
+    for step in range(4):
+        set_gradients(params, seed=step)
+        set_gradients(twins, seed=step)
+        torchs.step()
+        if step == 1:
+            ours.load_state_dict(torchs.state_dict())
+            twins[0].data.copy_(params[0])
+            capturing(True)
+        if step > 1:
+            ours.step()
+    torch.testing.assert_close(twins[0], params[0], rtol=1e-6, atol=1e-7)
+
+
+def test_parameters_on_the_cpu_are_refused_in_a_capture(monkeypatch):
+    optimizer = build("cpu", capturable=True)
+    set_gradients(all_params(optimizer), seed=0)
+    before = [t.detach().clone() for t in everything(optimizer)]
+    versions = [p._version for p in all_params(optimizer)]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for call in (optimizer.step, EMA(make_params([(3,)])).update):
+        with pytest.raises(RuntimeError, match="expected all parameters on CUDA"):
+            call()
+    assert_all_same_bits(everything(optimizer), before)
+    assert [p._version for p in all_params(optimizer)] == versions
+    assert optimizer.ema.num_updates == 0
+
+
+def test_a_checkpoint_that_cannot_be_prepared_is_refused_and_nothing_changes():
+    source = SGD(make_params([(3,)], BF16), lr=0.5, master_weights="split", capturable=True)
+    optimizer = SGD(make_params([(3,)], torch.float16), lr=0.1)
+    with pytest.raises(ValueError, match=r"params of parameter 0 in group 0.*bfloat16"):
+        optimizer.load_state_dict(source.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert not optimizer.state
+
+
+def test_a_constructor_that_raises_leaves_the_average_free():
+    params = make_params([(4,)], torch.float16)
+    ema = EMA(params)
+    options = {"lr": 0.1, "momentum": 0.9, "ema": ema, "capturable": True}
+    with pytest.raises(ValueError, match="split") as raised:
+        SGD(params, **options, master_weights="split")
+    assert raised.tb is not None  # which keeps the optimizer that there is not alive
+    assert ema.optimizer is None
+    optimizer = SGD(params, **options, master_weights="fp32")
+    assert ema.optimizer is optimizer
 
 
 # --- on CUDA -------------------------------------------------------------------------------------

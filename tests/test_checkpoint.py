@@ -569,3 +569,47 @@ def test_the_average_is_not_in_the_optimizers_checkpoint():
     assert set(state) == {"state", "param_groups"}
     assert "ema" not in state["param_groups"][0]
     assert all(set(entry) == {"momentum_buffer"} for entry in state["state"].values())
+
+
+# --- hooks ---------------------------------------------------------------------------------------
+
+
+def test_what_a_hook_changes_is_what_is_loaded():
+    """Hooks are how torch has users move state to other parameters."""
+
+    def fresh_momentum(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = {
+            index: {key: torch.full_like(value, 7.0) for key, value in of_param.items()}
+            for index, of_param in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}
+
+    def double(optimizer: Optimizer) -> None:
+        for state in optimizer.state.values():
+            state["momentum_buffer"].mul_(2)
+
+    for kind in KINDS.values():
+        source, loaded = (kind(make_params(SHAPES), lr=0.1, momentum=0.9) for _ in range(2))
+        train(source, range(2))
+        loaded.register_load_state_dict_pre_hook(fresh_momentum)
+        loaded.register_load_state_dict_post_hook(double)
+        loaded.load_state_dict(source.state_dict())
+        for p in params_of(loaded):
+            assert_same_bits(loaded.state[p]["momentum_buffer"], torch.full_like(p, 14.0))
+        assert list(loaded._optimizer_load_state_dict_pre_hooks.values()) == [fresh_momentum]
+        assert list(loaded._optimizer_load_state_dict_post_hooks.values()) == [double]
+
+
+def test_a_hook_may_leave_our_options_out_of_a_checkpoint():
+    def as_torch(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        kept = set(torch.optim.SGD([torch.zeros(1)]).param_groups[0])
+        groups = [{k: g[k] for k in g if k in kept} for g in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
+    ours = SGD(make_params(SHAPES), lr=0.1, momentum=0.9)
+    train(ours, range(2))
+    ours.register_state_dict_post_hook(as_torch)
+    theirs = stock(make_params(SHAPES))
+    theirs.load_state_dict(ours.state_dict())
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
+    assert ours.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]

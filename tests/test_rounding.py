@@ -482,7 +482,7 @@ def test_groups_that_do_not_ask_round_to_nearest(device: torch.device) -> None:
     trained(twins, plain)
     assert_same_bits(params[0], twins[0])
     assert not torch.equal(params[1], twins[1])
-    assert [g["rounding_steps"] for g in mixed.param_groups] == [0, 3]
+    assert [g["rounding_steps"] for g in mixed.param_groups] == [3, 3]
     assert plain.param_groups[0]["rounding_steps"] == 0
 
 
@@ -759,6 +759,35 @@ def test_replayed_steps_round_like_others() -> None:
         trained(second, two, range(step, step + 1))
     assert_alike(one, two)
     assert one.state_dict()["param_groups"][0]["rounding_steps"] == 4
+
+
+@pytest.mark.parametrize("event", ["added", "switched on", "loaded from torch"])
+def test_groups_count_alike_on_host_and_device(event: str, device: torch.device) -> None:
+    def run(capturable: bool) -> tuple[list[Any], SGD]:
+        params = make_params([(300,)] * 2, BF16, device)
+        options: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "capturable": capturable}
+        groups = [{"params": [p], "stochastic_rounding": i == 0} for i, p in enumerate(params)]
+        optimizer = SGD(groups[: 1 if event == "added" else 2], **options)
+        trained(params, optimizer, range(3))
+        if event == "added":
+            optimizer.add_param_group({**groups[1], "stochastic_rounding": True})
+        elif event == "switched on":
+            optimizer.param_groups[1]["stochastic_rounding"] = True
+        else:
+            optimizer.load_state_dict(
+                torch.optim.SGD([{"params": [p]} for p in params]).state_dict()
+            )
+        trained(params, optimizer, range(3, 6))
+        return params, optimizer
+
+    (params, host), (twins, counted) = run(False), run(True)
+    for param, twin in zip(params, twins, strict=True):
+        assert_same_bits(param, twin)
+    steps = [
+        [group["rounding_steps"] for group in optimizer.state_dict()["param_groups"]]
+        for optimizer in (host, counted)
+    ]
+    assert steps[0] == steps[1] == ([6, 3] if event == "added" else [6, 6])
 
 
 def test_turning_it_off_keeps_the_count() -> None:
