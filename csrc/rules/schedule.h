@@ -81,7 +81,7 @@ FUSED_OPT_HD double power_function(const double (&p)[kScheduleParameters], doubl
 
 // 1 - (1 - decay) / (1 - decay^n), n = k + 1
 FUSED_OPT_HD double zero_debias(const double (&p)[kScheduleParameters], double k) {
-  if (p[0] == 0) return 0;
+  if (k == 0 || p[0] == 0) return 0;
   const double log_decay = portable::log(p[0]);
   return p[0] * portable::expm1(k * log_decay) / portable::expm1((k + 1) * log_decay);
 }
