@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -42,14 +43,14 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
         >>> round(sigma_rel_to_gamma(0.05), 2), round(sigma_rel_to_gamma(0.10), 2)
         (16.97, 6.94)
     """
-    is_number = isinstance(sigma_rel, (int, float)) and not isinstance(sigma_rel, bool)
+    is_number = isinstance(sigma_rel, Real) and not isinstance(sigma_rel, bool)
     if not (is_number and _MIN_SIGMA_REL <= sigma_rel <= _MAX_SIGMA_REL):
         raise ValueError(
             f"Invalid sigma_rel: {sigma_rel!r}, expected a number in "
             f"[{_MIN_SIGMA_REL}, {_MAX_SIGMA_REL}]"
         )
     # With gamma = x - 7/3 it is x^3 - p x + q = 0, and x = 2 sqrt(p / 3) cos(angle / 3).
-    inverse_square = sigma_rel**-2
+    inverse_square = float(sigma_rel) ** -2
     p = inverse_square + 1 / 3
     q = inverse_square * 4 / 3 + 2 / 27
     cosine = -q / 2 / math.sqrt((p / 3) ** 3)  # -1 for the largest sigma_rel
@@ -234,7 +235,7 @@ def _weighted(tensors: list[Tensor], weights: list[float]) -> Tensor:
 
 
 def _check_num_updates(num_updates: Any) -> None:
-    if isinstance(num_updates, bool) or not isinstance(num_updates, int) or num_updates < 1:
+    if isinstance(num_updates, bool) or not isinstance(num_updates, Integral) or num_updates < 1:
         raise ValueError(f"Invalid num_updates: {num_updates!r}, expected an integer above 0")
 
 

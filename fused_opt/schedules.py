@@ -625,7 +625,7 @@ def _scale_to_decays(ax: Axes, highest: float, steps: int) -> None:
     import numpy as np
     from numpy.typing import NDArray
 
-    least = max(1 - highest, 0.1 / steps)  # of 1 - decay
+    least = min(max(1 - highest, 0.1 / steps), 0.5)  # of 1 - decay
 
     def nines(decay: NDArray[Any]) -> Any:
         return -np.log10(np.maximum(1 - decay, least))
@@ -633,7 +633,7 @@ def _scale_to_decays(ax: Axes, highest: float, steps: int) -> None:
     def decay(nines: NDArray[Any]) -> Any:
         return 1 - 10.0**-nines
 
-    horizons = [1, 2, *(10**i for i in range(1, 16) if 10**-i >= least)]
+    horizons = [1, 2, *(10**i for i in range(1, 16) if 10**-i > 0.999 * least)]
     decays = [1 - 1 / horizon for horizon in horizons]
     for side, name, labels in (
         (ax, "decay", [f"{decay:.15g}" for decay in decays]),
