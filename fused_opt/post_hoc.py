@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 #: No power function is wider: the golden ratio to the power of -5/2, at gamma = -0.38.
-_MAX_SIGMA_REL = ((1 + math.sqrt(5)) / 2) ** -2.5
+_MAX_SIGMA_REL = 0.30028310600077757
 #: What is narrower averages nothing.
 _MIN_SIGMA_REL = 1e-6
 
@@ -50,11 +50,11 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
             f"[{_MIN_SIGMA_REL}, {_MAX_SIGMA_REL}]"
         )
     # With gamma = x - 7/3 it is x^3 - p x + q = 0, and x = 2 sqrt(p / 3) cos(angle / 3).
-    inverse_square = float(sigma_rel) ** -2
-    p = inverse_square + 1 / 3
-    q = inverse_square * 4 / 3 + 2 / 27
-    cosine = -q / 2 / math.sqrt((p / 3) ** 3)  # -1 for the largest sigma_rel
-    return 2 * math.sqrt(p / 3) * math.cos(math.acos(max(-1.0, cosine)) / 3) - 7 / 3
+    sigma = float(sigma_rel)
+    p = 1 / (sigma * sigma) + 1 / 3
+    q = 4 / (3 * sigma * sigma) + 2 / 27
+    cosine = -q / 2 / math.sqrt(p * p * p / 27)  # from 0 down to -1, for the largest sigma
+    return 2 * math.sqrt(p / 3) * math.cos(math.acos(cosine) / 3) - 7 / 3
 
 
 @dataclass(frozen=True, eq=False)

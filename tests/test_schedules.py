@@ -97,7 +97,7 @@ CASES: list[tuple[Schedule, Equation]] = [
     (schedules.equal(), lambda k: 1 - 1 / (k + 1)),
     (schedules.power_function(0.05), lambda k: power_function(k + 1, 0.05)),
     (schedules.power_function(0.1), lambda k: power_function(k + 1, 0.1)),
-    (schedules.power_function(0.3), lambda k: power_function(k + 1, 0.3)),
+    (schedules.power_function(0.25), lambda k: power_function(k + 1, 0.25)),
     (schedules.power_function(1e-4), lambda k: power_function(k + 1, 1e-4)),
     (schedules.zero_debias(0.0), lambda k: Exact(0)),
     (schedules.zero_debias(0.3), lambda k: zero_debias(k + 1, 0.3)),
@@ -159,7 +159,8 @@ def test_ends_are_exact() -> None:
     warmup = CosineWarmup(90, base_lr=0.3, final_lr=0.07, warmup_steps=30, warmup_begin_lr=0.01)
     assert [warmup(k) for k in (0, 30, 90, 91, 10**12)] == [0.01, 0.3, 0.07, 0.07, 0.07]
     assert CosineWarmup(50, 0.3, 0.1, warmup_steps=50)(50) == 0.1
-    assert CosineWarmup(50, 0.3, 0.1)(0) == 0.3
+    for final_lr, base_lr in ((0.03, 0.3), (0.07, 0.6), (0.07, 0.9)):  # a + (b - a) is not b
+        assert CosineWarmup(50, base_lr, final_lr)(0) == base_lr
 
 
 #: The bits of some values. exp, log and sin are ours, so they are the same on every machine.
@@ -536,6 +537,7 @@ def test_plot_scales_decays_by_their_nines(figure_module: Any) -> None:
     figure.savefig(io.BytesIO())
     assert tick_labels(left) == ["0", "0.5", "0.9", "0.99", "0.999"]
     assert tick_labels(right) == ["1", "2", "10", "100", "1,000"]
+    assert left.get_ylim() == right.get_ylim() == (0, 0.999)
     heights = [left.transData.transform((0, decay))[1] for decay in (0, 0.9, 0.99, 0.999)]
     gaps = np.diff(heights)
     assert gaps == pytest.approx([gaps[0]] * 3)
@@ -549,7 +551,18 @@ def test_plot_of_many_updates_is_thinned_between_its_ends(figure_module: Any) ->
     ((updates, _),) = lines_of(schedules.plot(schedules.equal(), 10**6)).values()
     assert len(updates) == 1000
     assert (updates[0], updates[-1]) == (0, 10**6 - 1)
-    assert lines_of(schedules.plot(schedules.equal(), 1))["equal()"] == ([0], [0.0])
+
+
+def test_plot_ends_where_decays_are_beyond_its_updates(figure_module: Any) -> None:
+    tops = {
+        schedules.constant(1.0): 1 - 1e-3,
+        schedules.constant(0.9): 0.9,
+        schedules.constant(0.0): 0.5,
+    }
+    for schedule, top in tops.items():
+        for axes in schedules.plot(schedule, 100).axes:
+            assert axes.get_ylim() == pytest.approx((0, top))
+    assert lines_of(schedules.plot(schedules.equal(), 1)) == {"equal()": ([0], [0.0])}
 
 
 def test_plot_of_learning_rates_and_of_functions_is_linear(figure_module: Any) -> None:
