@@ -191,7 +191,7 @@ def _weights(profiles: Sequence[_Profile], target: _Profile) -> list[float]:
             "snapshots: expected two or more, or one whose num_updates and sigma_rel are those of "
             f"the result; got {len(profiles)}"
         )
-    time, gamma = torch.tensor([*profiles, target], dtype=torch.float64).T
+    time, gamma = torch.tensor([*profiles, target], dtype=torch.float64, device="cpu").T
     cosines = _cosine(time[:, None], gamma[:, None], time, gamma)
     norms = (gamma + 1) / ((2 * gamma + 1) * time).sqrt()
     in_units = norms[-1] / norms[:-1]
