@@ -11,6 +11,7 @@
 #include "cuda/multi_tensor_apply.h"
 #include "plan.h"
 #include "rules/norm.h"
+#include "rules/schedule.h"
 #include "tensor_reader.h"
 
 namespace py = pybind11;
@@ -443,6 +444,16 @@ Group make_group(double lr, double momentum, double dampening, double weight_dec
   return group;
 }
 
+double evaluate_schedule(int kind, const std::vector<double>& parameters, int64_t k) {
+  if (kind < 0 || kind >= kScheduleKinds || parameters.size() > kScheduleParameters || k < 0) {
+    throw py::value_error("evaluate_schedule: expected a kind, its parameters and k >= 0");
+  }
+  ScheduleHyper schedule;
+  schedule.kind = ScheduleKind(kind);
+  std::copy(parameters.begin(), parameters.end(), schedule.parameters);
+  return rules::evaluate(schedule, k);
+}
+
 std::vector<std::string> split(const std::string& list) {
   std::vector<std::string> items;
   std::istringstream stream(list);
@@ -473,6 +484,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_isa", cpu::isa_level);
   module.def("cpu_isas", cpu::isa_levels);
   module.def("set_cpu_isa", cpu::set_isa_level);
+  module.def("evaluate_schedule", evaluate_schedule);
 
   py::class_<Group>(module, "Group")
       .def(py::init(&make_group), py::kw_only(), py::arg("lr") = 0, py::arg("momentum") = 0,

@@ -3,10 +3,12 @@
 ``SGD`` drops in for ``torch.optim.SGD``, ``EMA`` for a hand-written average of the weights, and
 ``SGD(..., ema=ema)`` runs both as one. ``clip_grad_norm_`` clips gradients, which
 ``SGD(..., max_grad_norm=...)`` does without writing them. ``GradScaler`` is torch's without a pass
-of its own over the gradients. ``functional`` has the same kernels as plain functions.
+of its own over the gradients. ``functional`` has the same kernels as plain functions, and
+``schedules`` decays and learning rates that change with time. ``post_hoc`` makes averages of any
+width after training.
 """
 
-from fused_opt import functional
+from fused_opt import functional, schedules
 from fused_opt._build import build_info
 from fused_opt.clip import clip_grad_norm_
 from fused_opt.ema import EMA
@@ -14,4 +16,4 @@ from fused_opt.grad_scaler import GradScaler
 from fused_opt.sgd import SGD
 
 __version__ = "0.1.0"
-__all__ = ["EMA", "SGD", "GradScaler", "build_info", "clip_grad_norm_", "functional"]
+__all__ = ["EMA", "SGD", "GradScaler", "build_info", "clip_grad_norm_", "functional", "schedules"]
