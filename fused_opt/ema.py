@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from fused_opt._averages import Averages
 from fused_opt._counter import Counter, is_capturing
 from fused_opt._hyper import check_decay
 from fused_opt._plan import Gate, Plan
@@ -160,11 +161,20 @@ class EMA:
                 "update: this EMA is attached to an optimizer, whose every step updates it; "
                 "detach it with `optimizer.ema = None` to update it yourself"
             )
-        check_decay(self._decay)
         gate = self._gate()
-        self._plan.run_ema(self._shadow_of, self._decay, self._subject, gate)
+        averages = self._averages(gate is not None)
+        if averages is not None:
+            self._plan.run_ema(averages, self._subject, gate)
         if gate is None:
             self._updates.add()
+
+    def _averages(self, left_to_device: bool) -> Averages | None:  # noqa: ARG002
+        """What the next step does to the shadows; None if nothing."""
+        check_decay(self._decay)
+        return Averages(self._shadow_of, (self._decay,))  # type: ignore[arg-type]
+
+    def _copy_buffers(self, gate: Gate | None) -> None:
+        """What follows a step."""
 
     def _gate(self) -> Gate | None:
         """Counts a captured update where it is replayed."""

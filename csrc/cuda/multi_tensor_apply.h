@@ -21,7 +21,7 @@ void multi_tensor_apply(const TensorList& list, int device, void* stream, void* 
 
 // What a step needs on the device for numbers that only the device knows; 0 if there are none.
 int64_t memory_bytes(const TensorList& list);
-// The same for that many groups.
+// The same for that many groups, and any averages.
 int64_t memory_bytes(int groups);
 
 // Enqueues the norm of all gradients and the coefficient that clips them (rules/norm.h), which go
