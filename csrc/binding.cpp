@@ -545,6 +545,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_archs") = split(FUSED_OPT_CUDA_ARCHS);
   module.attr("ptx_archs") = split(FUSED_OPT_PTX_ARCHS);
   module.attr("chunk_elements") = cuda::kChunkElements;
+  module.attr("table_averages") = cuda::kTableAverages;
   module.attr("norm_chunk_elements") = rules::kNormChunk;
   module.attr("norm_lanes") = rules::kLanes<float>;
 #if FUSED_OPT_WITH_CUDA

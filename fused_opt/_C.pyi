@@ -10,6 +10,7 @@ cuda_version: str | None
 cuda_archs: list[str]
 ptx_archs: list[str]
 chunk_elements: int
+table_averages: int
 norm_chunk_elements: int
 norm_lanes: int
 

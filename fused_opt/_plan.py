@@ -365,13 +365,19 @@ class Plan:
         self._fill_copies()
         devices = self._native.devices()
         counts = (self._rounding_steps, self._averages.on_device if self._averages else None)
-        tensors = any(each is not None for each in (clip, gate, *counts))
-        if not (tensors or self._tensors or self._decays):
+        on_device = any(each is not None for each in (clip, gate, *counts))
+        if not (on_device or self._tensors or self._decays or self._many_averages):
             for device in devices:
                 self._launch(device, self._native.run, 0)
         else:
             self._run_by_scalars(devices, clip, gate, counts)
         self._write_copies()
+
+    @property
+    def _many_averages(self) -> bool:
+        """Whether their rules do not fit into a launch, and take memory on a GPU."""
+        averages = self._averages
+        return averages is not None and len(averages.decays) > self._module.table_averages
 
     def _run_by_scalars(
         self,
@@ -380,7 +386,7 @@ class Plan:
         gate: Gate | None,
         counts: tuple[Tensor | None, Tensor | None],
     ) -> None:
-        """Launches what depends on numbers that are tensors."""
+        """Launches what depends on numbers in memory."""
         if gate is not None and _index_of(gate.home) not in devices:
             devices.append(_index_of(gate.home))
         # Copied before a device counts this step.

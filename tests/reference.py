@@ -359,7 +359,8 @@ def checked_step(
         for j, (p, old) in enumerate(members):
             _assert_stepped(optimizer, group, p, old, grad_scale, f"group {i}, parameter {j}:")
     for (old_shadow, version), shadow, p in zip(shadows_before, shadows, tracked, strict=True):
-        assert_ema_update(average.decay, old_shadow, p, shadow)
+        is_frozen = isinstance(p, torch.nn.Parameter) and not p.requires_grad
+        assert_ema_update(0.0 if is_frozen else average.decay, old_shadow, p, shadow)
         assert shadow._version > version or not shadow.numel(), "a shadow's version is not bumped"
 
 

@@ -328,7 +328,7 @@ int64_t memory_bytes(int groups) {
 int64_t memory_bytes(const TensorList& list) {
   bool needed = list.gate.found_inf != nullptr || !list.gate.counters.empty();
   needed = needed || list.average_steps.more_steps != nullptr ||
-           list.averages.size() > SmallTable<float>::kAverages;
+           int(list.averages.size()) > kTableAverages;
   for (const AverageHyper& average : list.averages)
     needed = needed || average.scalar.data != nullptr;
   for (const Group& group : list.groups) {

@@ -36,4 +36,7 @@ void scale_grads(const TensorList& grads, const double* coefficient, int device,
 // that a model fills the last wave of blocks.
 inline constexpr int64_t kChunkElements = 8192;
 
+// The averages whose rules a launch carries. Those of more are kept in memory on the device.
+inline constexpr int kTableAverages = 8;
+
 }  // namespace fused_opt::cuda

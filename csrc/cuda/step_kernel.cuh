@@ -55,8 +55,7 @@ struct LaunchTable {
   static constexpr int kRowBytes = kStreams * sizeof(void*) + sizeof(int64_t) + sizeof(uint32_t) +
                                    sizeof(uint16_t) + sizeof(uint8_t) +
                                    (kStochastic ? sizeof(uint32_t) : 0);
-  static constexpr int kAverages = 8;  // or more, on the device
-  using Averages = DeviceAverages<T, kAverages>;
+  using Averages = DeviceAverages<T, kTableAverages>;
   static constexpr int kRows = (kBytes - kGroups * int(sizeof(DeviceGroup<T>)) -
                                 int(sizeof(Averages)) - 3 * int(sizeof(int64_t))) /
                                kRowBytes;
