@@ -365,8 +365,8 @@ class Plan:
         self._fill_copies()
         devices = self._native.devices()
         counts = (self._rounding_steps, self._averages.on_device if self._averages else None)
-        on_device = any(each is not None for each in (clip, gate, *counts))
-        if not (on_device or self._tensors or self._decays or self._many_averages):
+        by_memory = any(each is not None for each in (clip, gate, *counts))
+        if not (by_memory or self._tensors or self._decays or self._many_averages):
             for device in devices:
                 self._launch(device, self._native.run, 0)
         else:
