@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from fused_opt._cuda_advice import cuda_advice, rebuild_command
 from fused_opt._hyper import SCALARS, ClipHyper, SgdHyper, as_scalar
 from fused_opt._native import native
 from fused_opt._rounding import Rounding, shadow_stream
+
+if TYPE_CHECKING:
+    from fused_opt.schedules import Schedule
 
 _STREAMS = ("params", "grads", "momentum_buffers", "shadows", "refinements")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -130,21 +133,23 @@ class Plan:
             ValueError: ``every`` or ``after`` is out of range, or there are too many averages.
         """
         self._averages = averages
-        numbers = []
+        numbers: list[float] = []
+        scheduled: list[tuple[int, Schedule]] = []
         for k, decay in enumerate(averages.decays):
-            number = decay
-            if isinstance(decay, Tensor):
-                scalar = self._decays[k] = as_scalar(decay, "decay")  # type: ignore[assignment]
-                number = 0.0 if decay.is_cuda else float(scalar)
-            elif not isinstance(decay, (float, int)):
-                number = 0.0
+            number = 0.0  # where the host does not know it
+            if isinstance(decay, (float, int)):
+                number = decay
+            elif isinstance(decay, Tensor):
+                self._decays[k] = torch.as_tensor(as_scalar(decay, "decay"))
+                number = 0.0 if decay.is_cuda else float(decay)
+            else:
+                scheduled.append((k, decay))
             numbers.append(number)
         self._native.set_averages(
             numbers, averages.steps, averages.every, averages.after, averages.follows_frozen
         )
-        for k, decay in enumerate(averages.decays):
-            if not isinstance(decay, (float, int, Tensor)):
-                self._native.set_schedule(k, *decay._hyper)
+        for k, schedule in scheduled:
+            self._native.set_schedule(k, *schedule._hyper)
 
     def add_param_group(
         self,
