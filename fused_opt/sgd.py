@@ -449,8 +449,8 @@ class SGD(torch.optim.SGD):
         max_norm, clip, skipped = self._max_grad_norm(), None, False
         averages = None
         if self._ema is not None:
-            decides = found_inf if sought is None else sought
-            averages = self._ema._averages(self._is_counted_on_device(decides))
+            left = self._is_counted_on_device(found_inf if sought is None else sought)
+            averages = self._ema._averages(left)
         plan = self._plan
         plan.clear(self._subject)
         try:
@@ -467,7 +467,7 @@ class SGD(torch.optim.SGD):
             if max_norm is None:
                 clip = None
             if not skipped:
-                self._run(clip, found_inf)
+                self._run(clip, found_inf, averages)
         finally:
             plan.clear(self._subject)
         self._clip = clip
@@ -561,14 +561,14 @@ class SGD(torch.optim.SGD):
             )
         return started
 
-    def _run(self, clip: Clip | None, found_inf: Tensor | None) -> None:
+    def _run(self, clip: Clip | None, found_inf: Tensor | None, averages: Averages | None) -> None:
         """Runs the plan, and counts the step: on the device if only that knows how often."""
         rounding = [group for group in self.param_groups if group["stochastic_rounding"]]
         counters = [] if self._ema is None else [self._ema._updates]
         counters += [self._rounding_steps] if rounding else []
         gate = self._gate(found_inf, counters) if found_inf is not None or counters else None
         self._plan.run(clip, gate)
-        if self._ema is not None:
+        if self._ema is not None and averages is not None:
             self._ema._copy_buffers(gate)
         if gate is not None:
             return
@@ -673,7 +673,7 @@ class SGD(torch.optim.SGD):
                 averages = self._ema._averages(left_to_device=False)
                 if averages is not None:
                     self._plan.run_ema(averages, self._subject)
-                self._ema._copy_buffers(None)
+                    self._ema._copy_buffers(None)
             self._ema._updates.add()
 
     def _subject(self, stream: str, param: Tensor) -> str:

@@ -226,7 +226,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
     """Asserts equal dtype, shape and bits; NaNs are equal, for their payloads are not promised."""
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} is not {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
     a, b = (t.detach().cpu().contiguous().resolve_neg() for t in (actual, expected))
     differ = (a.view(integer) != b.view(integer)) & ~(a.isnan() & b.isnan())
     assert not differ.any(), (
