@@ -43,9 +43,11 @@ void flip_parallel(float* const* written, const float* read, std::int64_t n, std
 
 }  // namespace
 
-// Two written streams are SGD's (parameter, momentum), three add the EMA shadow.
+// Two written streams are SGD's (parameter, momentum), one more is each EMA's shadow.
 extern "C" void probe(float* const* written, int streams, const float* read, std::int64_t n,
                       std::int64_t ahead, int threads) {
+  if (streams == 1) flip_parallel<1>(written, read, n, ahead, threads);
   if (streams == 2) flip_parallel<2>(written, read, n, ahead, threads);
   if (streams == 3) flip_parallel<3>(written, read, n, ahead, threads);
+  if (streams == 5) flip_parallel<5>(written, read, n, ahead, threads);
 }

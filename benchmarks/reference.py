@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .providers import DECAY, LR, MAX_NORM, MOMENTUM, WEIGHT_DECAY, Step
+from .providers import DECAYS, LR, MAX_NORM, MOMENTUM, WEIGHT_DECAY, Step
 
 # Elements compared per tensor, spread over its length.
 SAMPLES = 4096
@@ -75,11 +75,25 @@ def check_step(step: Step, renew: Callable[[], None]) -> None:
     """
     step.run()
     renew()
-    for shadow in step.shadows:  # far from its parameter, so that a wrong weight is seen
-        shadow.mul_(0.5)
+    for shadows in step.averages:  # far from their parameters, so that a wrong weight is seen
+        torch._foreach_mul_(shadows, 0.5)
+    before = [samples(shadows) for shadows in step.averages]
+    if step.optimizer is None:
+        step.run()
+    else:
+        check_sgd(step)
+
+    # Shadows follow the parameters as stored, or their masters.
+    weights = samples(step.masters() if step.masters else step.params)
+    for k, (shadows, s) in enumerate(zip(step.averages, before, strict=True)):
+        check(f"shadow {k}", shadows, [s, (1 - DECAYS[k]) * (weights - s)])
+    renew()
+
+
+def check_sgd(step: Step) -> None:
+    """Runs a step and compares all but its averages with the formula."""
     weights = step.masters() if step.masters else step.params
     p, g, v = samples(weights), samples(step.grads), samples(step.momentum_buffers)
-    s = samples(step.shadows) if step.shadows else None
     exact = sum(float(grad.double().square().sum()) for grad in step.grads) ** 0.5
     step.run()
 
@@ -90,6 +104,3 @@ def check_step(step: Step, renew: Callable[[], None]) -> None:
     check("parameter", weights, [p, *(-LR * term for term in direction)], roundings)
     if step.masters:
         check("rounding", step.params, [samples(weights)], 1)
-    if s is not None:  # the shadow follows the parameter as stored, or the master
-        check("shadow", step.shadows, [s, (1 - DECAY) * (samples(weights) - s)])
-    renew()

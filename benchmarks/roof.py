@@ -90,4 +90,4 @@ def probes(op: Op, footprint: int, device: torch.device, threads: int) -> list[P
     mul = Probe("roof: mul_", lambda: arena.mul_(-1.0), 2 * arena.nbytes)
     if device.type == "cuda":
         return [mul, copy_probe(arena)]
-    return [mul, *cpu_probes(arena, written=3 if op.ema else 2, threads=threads)]
+    return [mul, *cpu_probes(arena, written=op.written_streams, threads=threads)]

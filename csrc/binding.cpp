@@ -86,6 +86,16 @@ struct Rows {
   }
 };
 
+ScheduleHyper make_schedule(int kind, const std::vector<double>& parameters) {
+  if (kind < 0 || kind >= kScheduleKinds || parameters.size() > kScheduleParameters) {
+    throw py::value_error("expected a kind of schedule, and its parameters");
+  }
+  ScheduleHyper schedule;
+  schedule.kind = ScheduleKind(kind);
+  std::copy(parameters.begin(), parameters.end(), schedule.parameters);
+  return schedule;
+}
+
 // What became of a row that was offered.
 enum class Outcome { kAdded, kFresh, kForTorch, kScattered };
 
@@ -102,6 +112,7 @@ class PyPlan {
     params_.clear();
     written_.clear();
     shadowed_ = 0;
+    follows_frozen_ = false;
     // Dropping the last reference to an object may run Python code: the plan is empty by then.
     std::vector<PyObject*> released;
     released.swap(held_);
@@ -110,9 +121,38 @@ class PyPlan {
     if (held_.empty()) held_.swap(released);  // keep the capacity
   }
 
+  // Tells what shadows are averages with, before rows with shadows are added: a decay each, the
+  // count of steps so far, and which steps update (AverageRule). With `follows_frozen` the shadows
+  // of an nn.Parameter that does not require a gradient copy it.
+  void set_averages(const std::vector<double>& decays, int64_t steps, int64_t every, int64_t after,
+                    bool follows_frozen) {
+    if (decays.empty() || decays.size() > size_t(kMaxAverages)) {
+      throw py::value_error("expected 1 to " + std::to_string(kMaxAverages) + " averages, got " +
+                            std::to_string(decays.size()));
+    }
+    if (every < 1 || after < 0) {
+      throw py::value_error("expected averages of every 1 or more steps, after 0 or more, got " +
+                            std::to_string(every) + " and " + std::to_string(after));
+    }
+    std::vector<AverageHyper> averages(decays.size());
+    for (size_t k = 0; k < decays.size(); ++k) averages[k].decay = decays[k];
+    AverageSteps average_steps;
+    average_steps.steps = steps;
+    average_steps.every = every;
+    average_steps.after = after;
+    plan_.set_averages(std::move(averages), average_steps);
+    follows_frozen_ = follows_frozen;
+  }
+
+  // Gives an average a schedule in place of its decay.
+  void set_schedule(int average, int kind, const std::vector<double>& parameters) {
+    plan_.set_schedule(average, make_schedule(kind, parameters));
+  }
+
   // Adds the parameters of a param group that have a gradient, with the momentum and the refinement
   // that `state` keeps under these keys (None: without it) and their shadow (`shadows` may be
-  // None). They are numbered from `first_ordinal` on, those without a gradient too.
+  // None), or the tuple of their shadows where there are several averages. They are numbered from
+  // `first_ordinal` on, those without a gradient too.
   //
   // Returns (fresh, refused, for_torch, scattered): the rows whose momentum or refinement does not
   // exist yet; those that were checked but not added; and which of the latter are for torch, and
@@ -286,6 +326,16 @@ class PyPlan {
     plan_.set_scalar(tensors, Scalar(which), {reinterpret_cast<const void*>(address), is_double});
   }
 
+  // The same for the decay of an average.
+  void set_decay(int average, uintptr_t address, bool is_double) {
+    plan_.set_decay(average, {reinterpret_cast<const void*>(address), is_double});
+  }
+
+  // And the address of a count of steps, which is added to that of the averages.
+  void set_average_steps(uintptr_t address) {
+    plan_.set_average_steps(reinterpret_cast<const int64_t*>(address));
+  }
+
   // And the address of a count of steps, by which the groups round that do so stochastically.
   void set_rounding_steps(uintptr_t address) {
     plan_.set_rounding_steps(reinterpret_cast<const int64_t*>(address));
@@ -351,31 +401,56 @@ class PyPlan {
   Outcome add_row(PyObject* const (&tensors)[kStreams], uint16_t group, uint32_t ordinal,
                   bool resets, bool copies, bool refines = false) {
     params_.push_back(tensors[kParam]);
-    const TensorView* present[kStreams] = {};
+    more_shadows_.clear();
+    Plan::Row row = {{}, more_shadows_, group, ordinal, false};
     auto reach = TensorReader::Reach::kKernels;
+    const size_t written = written_.size();
     for (int s = 0; s < kStreams; ++s) {
       const bool required = s == kParam || (s == kShadow && tensors[kGrad] == Py_None);
       if (tensors[s] == Py_None && !required) continue;
       hold(tensors[s]);
-      present[s] = &views_[s];
-      reach = std::max(reach, read(tensors[s], Stream(s), views_[s]));
+      row.views[s] = &views_[s];
+      reach = std::max(
+          reach, s == kShadow ? read_shadows(tensors[s]) : read(tensors[s], Stream(s), views_[s]));
     }
     if (refines && tensors[kRefinement] == Py_None && is_half(views_[kParam])) {
       params_.pop_back();
+      written_.resize(written);
       return Outcome::kFresh;
     }
-    if (present[kGrad]) written_.push_back(tensors[kParam]);
-    if (present[kGrad] && resets) written_.push_back(tensors[kGrad]);
-    if (present[kShadow]) written_.push_back(tensors[kShadow]);
+    if (row.views[kGrad]) written_.push_back(tensors[kParam]);
+    if (row.views[kGrad] && resets) written_.push_back(tensors[kGrad]);
+    row.frozen = row.views[kShadow] && follows_frozen_ && reader().is_frozen(tensors[kParam]);
     const bool is_number = views_[kParam].has_kernels && views_[kParam].dtype != DType::kInt16;
     if (reach == TensorReader::Reach::kTorch || !is_number) {
       plan_.skip_row();
       return Outcome::kForTorch;
     }
     bool added = false;
-    explain([&] { added = plan_.add_row(present, group, ordinal, copies); });
-    shadowed_ += added && present[kShadow] != nullptr;
+    explain([&] { added = plan_.add_row(row, copies); });
+    shadowed_ += added && row.views[kShadow] != nullptr;
     return added ? Outcome::kAdded : Outcome::kScattered;
+  }
+
+  // Reads the shadow of a row, or the tuple of those of several averages.
+  TensorReader::Reach read_shadows(PyObject* shadows) {
+    const bool is_tuple = PyTuple_CheckExact(shadows);
+    const size_t count = is_tuple ? PyTuple_GET_SIZE(shadows) : 1;
+    if (count != plan_.averages()) {
+      const std::string message = "expected one tensor for each of " +
+                                  std::to_string(plan_.averages()) + " averages, got " +
+                                  std::to_string(count);
+      fail(PyExc_ValueError, params_.size() - 1, kShadow, message.c_str());
+    }
+    auto reach = TensorReader::Reach::kKernels;
+    more_shadows_.resize(count - 1);
+    for (size_t k = 0; k < count; ++k) {
+      PyObject* const shadow = is_tuple ? PyTuple_GET_ITEM(shadows, k) : shadows;
+      TensorView& view = k == 0 ? views_[kShadow] : more_shadows_[k - 1];
+      reach = std::max(reach, read(shadow, shadow_stream(int(k)), view));
+      written_.push_back(shadow);
+    }
+    return reach;
   }
 
   static bool is_half(const TensorView& view) {
@@ -416,16 +491,18 @@ class PyPlan {
   Plan plan_;
   SeenTensors seen_;
   DictWalk state_walk_, shadow_walk_;
-  TensorView views_[kStreams];     // of the row that is being added
+  TensorView views_[kStreams];  // of the row that is being added
+  std::vector<TensorView> more_shadows_;
   std::vector<PyObject*> held_;    // references that the plan owns
   std::vector<PyObject*> params_;  // of every row
   std::vector<PyObject*> written_;
   size_t shadowed_ = 0;  // rows with a shadow that the kernels update
+  bool follows_frozen_ = false;
 };
 
 Group make_group(double lr, double momentum, double dampening, double weight_decay,
                  double grad_scale, bool nesterov, bool maximize, bool decoupled_weight_decay,
-                 bool sutskever, bool reset_grads, double decay, int tensors,
+                 bool sutskever, bool reset_grads, int tensors,
                  std::optional<std::pair<uint64_t, uint64_t>> rounding) {
   Group group;
   group.sgd.lr = lr;
@@ -437,7 +514,6 @@ Group make_group(double lr, double momentum, double dampening, double weight_dec
   group.sgd.maximize = maximize;
   group.sgd.decoupled_weight_decay = decoupled_weight_decay;
   group.sgd.formulation = sutskever ? Formulation::kSutskever : Formulation::kTorch;
-  group.decay = decay;
   group.reset_grads = reset_grads;
   group.tensors = tensors;
   if (rounding) group.rounding = {true, rounding->first, rounding->second};
@@ -445,13 +521,8 @@ Group make_group(double lr, double momentum, double dampening, double weight_dec
 }
 
 double evaluate_schedule(int kind, const std::vector<double>& parameters, int64_t k) {
-  if (kind < 0 || kind >= kScheduleKinds || parameters.size() > kScheduleParameters || k < 0) {
-    throw py::value_error("evaluate_schedule: expected a kind, its parameters and k >= 0");
-  }
-  ScheduleHyper schedule;
-  schedule.kind = ScheduleKind(kind);
-  std::copy(parameters.begin(), parameters.end(), schedule.parameters);
-  return rules::evaluate(schedule, k);
+  if (k < 0) throw py::value_error("evaluate_schedule: expected k >= 0");
+  return rules::evaluate(make_schedule(kind, parameters), k);
 }
 
 std::vector<std::string> split(const std::string& list) {
@@ -474,12 +545,13 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_archs") = split(FUSED_OPT_CUDA_ARCHS);
   module.attr("ptx_archs") = split(FUSED_OPT_PTX_ARCHS);
   module.attr("chunk_elements") = cuda::kChunkElements;
+  module.attr("table_averages") = cuda::kTableAverages;
   module.attr("norm_chunk_elements") = rules::kNormChunk;
   module.attr("norm_lanes") = rules::kLanes<float>;
 #if FUSED_OPT_WITH_CUDA
-  module.attr("group_bytes") = cuda::memory_bytes(1);
+  module.def("memory_bytes", py::overload_cast<int>(cuda::memory_bytes));
 #else
-  module.attr("group_bytes") = 0;
+  module.def("memory_bytes", [](int) { return 0; });
 #endif
   module.def("cpu_isa", cpu::isa_level);
   module.def("cpu_isas", cpu::isa_levels);
@@ -491,7 +563,7 @@ PYBIND11_MODULE(_C, module) {
            py::arg("dampening") = 0, py::arg("weight_decay") = 0, py::arg("grad_scale") = 1,
            py::arg("nesterov") = false, py::arg("maximize") = false,
            py::arg("decoupled_weight_decay") = false, py::arg("sutskever") = false,
-           py::arg("reset_grads") = false, py::arg("decay") = 0, py::arg("tensors") = -1,
+           py::arg("reset_grads") = false, py::arg("tensors") = -1,
            py::arg("rounding") = py::none());
 
   py::class_<ClipHyper>(module, "ClipHyper")
@@ -511,6 +583,8 @@ PYBIND11_MODULE(_C, module) {
   py::class_<PyPlan>(module, "Plan")
       .def(py::init())
       .def("clear", &PyPlan::clear)
+      .def("set_averages", &PyPlan::set_averages)
+      .def("set_schedule", &PyPlan::set_schedule)
       .def("add_param_group", &PyPlan::add_param_group)
       .def("add", &PyPlan::add)
       .def("add_grads", &PyPlan::add_grads)
@@ -522,6 +596,8 @@ PYBIND11_MODULE(_C, module) {
       .def("grad_norm", &PyPlan::grad_norm)
       .def("scale_grads", &PyPlan::scale_grads)
       .def("set_scalar", &PyPlan::set_scalar)
+      .def("set_decay", &PyPlan::set_decay)
+      .def("set_average_steps", &PyPlan::set_average_steps)
       .def("set_rounding_steps", &PyPlan::set_rounding_steps)
       .def("set_gate", &PyPlan::set_gate)
       .def("memory_bytes", &PyPlan::memory_bytes)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 namespace fused_opt {
 namespace {
@@ -11,7 +12,7 @@ constexpr Stream kBesideParam[] = {kGrad, kMomentum, kShadow, kRefinement};
 std::string name_of(Stream stream) {
   constexpr const char* kNames[kStreams] = {"parameter", "gradient", "momentum buffer", "shadow",
                                             "refinement"};
-  return kNames[stream];
+  return stream < kStreams ? kNames[stream] : kNames[kShadow];
 }
 
 std::string dtype_of(const TensorView& view) {
@@ -54,7 +55,8 @@ void check_fit(const TensorView& param, const TensorView& other, uint32_t row, S
   };
   if (other.device != param.device) expect("device", device_of(param), device_of(other));
   if (!same_shape(param, other)) expect("shape", shape_of(param), shape_of(other));
-  if (!other.has_kernels || !dtype_fits(param.dtype, other.dtype, stream)) {
+  const Stream kind = stream < kStreams ? stream : kShadow;
+  if (!other.has_kernels || !dtype_fits(param.dtype, other.dtype, kind)) {
     throw RowError(row, stream,
                    "there is no kernel for a " + dtype_of(other) + " " + name_of(stream) +
                        " beside a " + dtype_of(param) + " parameter");
@@ -64,8 +66,13 @@ void check_fit(const TensorView& param, const TensorView& other, uint32_t row, S
 }  // namespace
 
 void Plan::clear() {
-  for (DeviceList& entry : lists_) entry.list.rows.clear();
+  for (DeviceList& entry : lists_) {
+    entry.list.rows.clear();
+    entry.list.more_shadows.clear();
+  }
   groups_.clear();
+  averages_.clear();
+  average_steps_ = {};
   gate_ = {};
   overlap_.clear();
   rows_ = 0;
@@ -78,41 +85,60 @@ uint16_t Plan::add_group(const Group& group) {
   return uint16_t(groups_.size() - 1);
 }
 
-bool Plan::add_row(const TensorView* const (&views)[kStreams], uint16_t group, uint32_t ordinal,
-                   bool copies) {
+bool Plan::add_row(const Row& offered, bool copies) {
   const uint32_t index = rows_++;
-  const TensorView& param = *views[kParam];
+  const TensorView& param = *offered.views[kParam];
   for (Stream stream : kBesideParam) {
-    if (views[stream] != nullptr) check_fit(param, *views[stream], index, stream);
+    const TensorView* const view = offered.views[stream];
+    if (view != nullptr) check_fit(param, *view, index, stream);
+  }
+  int average = 0;
+  for (const TensorView& view : offered.more_shadows) {
+    const Stream stream = shadow_stream(++average);
+    check_fit(param, view, index, stream);
+    if (view.dtype == offered.views[kShadow]->dtype) continue;
+    throw RowError(index, stream,
+                   "expected dtype " + dtype_of(*offered.views[kShadow]) +
+                       " like the shadow of the first average, got " + dtype_of(view));
   }
 
   TensorRow row;
   row.numel = param.numel;
-  row.group = group;
-  row.ordinal = ordinal;
+  row.group = offered.group;
+  row.ordinal = offered.ordinal;
+  row.copies = offered.frozen;
   // Without a gradient the parameter is only read: the row updates its shadow.
   const auto writes = [&](Stream stream) {
-    if (stream == kParam || stream == kRefinement) return views[kGrad] != nullptr;
-    return stream != kGrad || groups_[group].reset_grads;
+    if (stream == kParam || stream == kRefinement) return offered.views[kGrad] != nullptr;
+    return stream != kGrad || groups_[offered.group].reset_grads;
   };
   const bool param_dense = is_dense(param);
   bool common_order = param_dense;
-  for (int s = 0; s < kStreams; ++s) {
-    const Stream stream = Stream(s);
-    if (views[s] == nullptr) continue;
-    const TensorView& view = *views[s];
-    row.data[s] = view.data;
-    row.dtype[s] = view.dtype;
+  const auto add = [&](const TensorView& view, Stream stream) {
     const bool in_order = same_order(param, view);
     if (!copies) {
       const bool dense = in_order ? param_dense : is_dense(view);
       overlap_.add(view, index, stream, dense, writes(stream));
     }
     common_order = common_order && in_order;
+  };
+  for (int s = 0; s < kStreams; ++s) {
+    const TensorView* const view = offered.views[s];
+    if (view == nullptr) continue;
+    row.data[s] = view->data;
+    row.dtype[s] = view->dtype;
+    add(*view, Stream(s));
   }
+  average = 0;
+  for (const TensorView& view : offered.more_shadows) add(view, shadow_stream(++average));
+
   if (param.numel == 0) return true;
-  if (common_order) list_for(param.device).rows.push_back(row);
-  return common_order;
+  if (!common_order) return false;
+  TensorList& list = list_for(param.device);
+  row.more_shadows = uint32_t(list.more_shadows.size());
+  for (const TensorView& view : offered.more_shadows) list.more_shadows.push_back(view.data);
+  list.rows.push_back(row);
+  return true;
 }
 
 bool Plan::add_grad(const TensorView& grad, bool copy) {
@@ -147,6 +173,8 @@ std::vector<int> Plan::devices() const {
 const TensorList& Plan::list(int device) {
   TensorList& list = list_for(device);
   list.groups = groups_;
+  list.averages = averages_;
+  list.average_steps = average_steps_;
   list.gate = gate_;
   return list;
 }
@@ -163,6 +191,16 @@ void Plan::set_scalar(int tensors, Scalar which, DeviceScalar scalar) {
   for (Group& group : groups_) {
     if (tensors == -1 || group.tensors == tensors) group.scalars[which] = scalar;
   }
+}
+
+void Plan::set_averages(std::vector<AverageHyper> averages, const AverageSteps& steps) {
+  averages_ = std::move(averages);
+  average_steps_ = steps;
+}
+
+void Plan::set_schedule(int average, const ScheduleHyper& schedule) {
+  averages_.at(average).is_scheduled = true;
+  averages_.at(average).schedule = schedule;
 }
 
 void Plan::set_rounding_steps(const int64_t* steps) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "rules/average.h"
 #include "rules/host_device.h"
 #include "rules/hyper.h"
 
@@ -21,15 +22,24 @@ inline constexpr int kDTypes = 5;
 enum Stream : uint8_t { kParam, kGrad, kMomentum, kShadow, kRefinement };
 inline constexpr int kStreams = 5;
 
+// A parameter has a shadow in every average. The first is a stream of its row; the others are
+// numbered after all streams, by which they are rounded and named in errors.
+inline constexpr int kMaxAverages = 256 - kStreams + 1;  // which a Stream can number
+FUSED_OPT_HD Stream shadow_stream(int average) {
+  return Stream(average == 0 ? kShadow : kStreams + average - 1);
+}
+
 // One parameter with everything that is updated beside it, element for element in memory order.
 // An absent stream is null: no gradient means that only the shadow is updated, no momentum means
 // plain SGD, no shadow means no average, no refinement means that the parameter is all there is.
 struct TensorRow {
   void* data[kStreams] = {};
   int64_t numel = 0;
-  uint32_t ordinal = 0;  // of the parameter among all, which stochastic rounding is keyed by
-  DType dtype[kStreams] = {};
-  uint16_t group = 0;  // index into TensorList::groups
+  uint32_t ordinal = 0;        // of the parameter among all, which stochastic rounding is keyed by
+  uint32_t more_shadows = 0;   // where those of further averages begin in TensorList::more_shadows
+  DType dtype[kStreams] = {};  // further shadows have that of the first
+  bool copies = false;         // a frozen parameter: where averages are updated, shadows copy it
+  uint16_t group = 0;          // index into TensorList::groups
 };
 
 // What of a group may be a tensor of one number, in the memory of the rows' device.
@@ -39,16 +49,14 @@ enum Scalar : uint8_t {
   kDampeningScalar,
   kWeightDecayScalar,
   kGradScaleScalar,
-  kDecayScalar,
   kClipScalar,
 };
-inline constexpr int kScalars = 7;
+inline constexpr int kScalars = 6;
 
 // What all rows of a param group share.
 struct Group {
   SgdHyper sgd;
   RoundingHyper rounding;
-  double decay = 0;          // of the shadow
   bool reset_grads = false;  // fill the gradients with 0 after reading them
   int tensors = -1;          // by which set_scalar() knows it, or -1
   DeviceScalar scalars[kScalars] = {};
@@ -61,7 +69,6 @@ struct Group {
     scalars[kWeightDecayScalar].read_into(sgd.weight_decay);
     scalars[kGradScaleScalar].read_into(sgd.grad_scale);
     scalars[kClipScalar].read_into(sgd.clip);
-    scalars[kDecayScalar].read_into(decay);
     if (rounding.more_steps) rounding.step += uint64_t(*rounding.more_steps);
   }
 };
@@ -80,6 +87,9 @@ FUSED_OPT_HD bool is_skipped(const float* found_inf) {
 struct TensorList {
   std::vector<TensorRow> rows;
   std::vector<Group> groups;
+  std::vector<AverageHyper> averages;
+  AverageSteps average_steps;
+  std::vector<void*> more_shadows;  // of all rows that have shadows: averages.size() - 1 each
   Gate gate;
 };
 

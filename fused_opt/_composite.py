@@ -110,15 +110,18 @@ def _addable(grad: Tensor, buffer: Tensor | None) -> Tensor:
 def ema_update_(
     shadows: list[Tensor | None],
     params: list[Tensor],
-    decay: float,
+    decays: list[float],
     rounding: Rounding | None = None,
+    stream: int = Stream.SHADOW,
 ) -> None:
-    """Updates the shadows in place, in their own dtype."""
+    """Updates the shadows of one average in place, in their own dtype."""
     values = widened(shadows, rounding)
-    for value, param in zip(values, params, strict=True):
-        if value is not None:
+    for value, param, decay in zip(values, params, decays, strict=True):
+        if value is not None and decay == 0:
+            value.copy_(param.detach())  # also beside inf and NaN
+        elif value is not None:
             value.lerp_(param.detach().to(value.dtype), 1 - decay)
-    narrow_(shadows, values, rounding, Stream.SHADOW)
+    narrow_(shadows, values, rounding, stream)
 
 
 class Refined:

@@ -22,6 +22,16 @@ class Counter:
         """The count; waits for the devices that have a part in it."""
         return self._host + sum(int(count) for count in self._on.values())
 
+    @property
+    def on_host(self) -> int:
+        """The part of the count that is known without waiting for a GPU."""
+        return self._host + sum(int(count) for count in self._on.values() if not count.is_cuda)
+
+    @property
+    def on_gpu(self) -> Tensor | None:
+        """The other part, if there is one; on the first GPU to be told to count."""
+        return next((count for count in self._on.values() if count.is_cuda), None)
+
     def set(self, value: int) -> None:
         """Starts over from a count."""
         self._host = value

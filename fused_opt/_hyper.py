@@ -18,7 +18,7 @@ STATE_KEY = {"torch": "momentum_buffer", "sutskever": "velocity"}
 REFINEMENT_KEY = {"fp32": "master", "split": "residual", "kahan": "compensation"}
 
 #: What of a param group may be a tensor of one element, in the order of ``Scalar`` in csrc.
-SCALARS = ("lr", "momentum", "dampening", "weight_decay", "grad_scale", "decay", "clip")
+SCALARS = ("lr", "momentum", "dampening", "weight_decay", "grad_scale", "clip")
 
 #: What a param group has beyond torch's options, and what it is where nothing is said.
 OWN_OPTIONS = {

@@ -9,18 +9,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from fused_opt import _composite, _rounding
+from fused_opt._averages import Averages, Shadow, all_shadows, is_frozen
 from fused_opt._counter import is_capturing
 from fused_opt._cuda_advice import cuda_advice, rebuild_command
 from fused_opt._hyper import SCALARS, ClipHyper, SgdHyper, as_scalar
 from fused_opt._native import native
-from fused_opt._rounding import Rounding
+from fused_opt._rounding import Rounding, shadow_stream
+
+if TYPE_CHECKING:
+    from fused_opt.schedules import Schedule
 
 _STREAMS = ("params", "grads", "momentum_buffers", "shadows", "refinements")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -37,7 +41,7 @@ class Rows(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor] | None
     momentum_buffers: list[Tensor | None] | None
-    shadows: list[Tensor | None] | None
+    shadows: list[Shadow | None] | None
     refinements: list[Tensor | None] | None
     rounding: Rounding | None = None
 
@@ -116,17 +120,42 @@ class Plan:
         self._copies: list[tuple[Tensor, Tensor, bool]] = []
         self._scalars: list[Tensor] = []  # on the device, alive until the launch
         self._tensors: list[dict[int, Tensor]] = []  # hyper-parameters of groups, by their scalar
+        self._averages: Averages | None = None
+        self._decays: dict[int, Tensor] = {}  # of averages
         self._rounding_steps: Tensor | None = None  # on a device, besides those in the groups
         self._for_torch: list[Callable[[Tensor | None], None]] = []
         self._torch_grads: list[Tensor] = []  # that no kernel reaches
+
+    def set_averages(self, averages: Averages) -> None:
+        """Tells what the shadows of all rows are updated with, before any of them is added.
+
+        Raises:
+            ValueError: ``every`` or ``after`` is out of range, or there are too many averages.
+        """
+        self._averages = averages
+        numbers: list[float] = []
+        scheduled: list[tuple[int, Schedule]] = []
+        for k, decay in enumerate(averages.decays):
+            number = 0.0  # where the host does not know it
+            if isinstance(decay, (float, int)):
+                number = decay
+            elif isinstance(decay, Tensor):
+                self._decays[k] = torch.as_tensor(as_scalar(decay, "decay"))
+                number = 0.0 if decay.is_cuda else float(decay)
+            else:
+                scheduled.append((k, decay))
+            numbers.append(number)
+        self._native.set_averages(
+            numbers, averages.steps, averages.every, averages.after, averages.follows_frozen
+        )
+        for k, schedule in scheduled:
+            self._native.set_schedule(k, *schedule._hyper)
 
     def add_param_group(
         self,
         params: list[Tensor],
         state: dict[Tensor, Any],
-        shadows: dict[Tensor, Tensor] | None,
         hyper: SgdHyper,
-        decay: float | Tensor,
         rounding: Rounding | None = None,
     ) -> Rows:
         """Adds the parameters of a group that have a gradient, and their shadows.
@@ -136,7 +165,7 @@ class Plan:
         Returns:
             Those that were not added, because ``state`` does not hold all of theirs yet.
         """
-        group = self._group(hyper, decay, rounding)
+        group = self._group(hyper, rounding)
         first_ordinal = rounding.ordinals[0] if rounding is not None and params else 0
         fresh, refused, for_torch, scattered = self._checked(
             self._native.add_param_group,
@@ -144,7 +173,7 @@ class Plan:
             state,
             hyper.state_key,
             hyper.refinement_key,
-            shadows,
+            None if self._averages is None else self._averages.shadows,
             first_ordinal,
             group,
         )
@@ -155,14 +184,14 @@ class Plan:
             return Rows(*found[: len(_STREAMS)])._replace(rounding=own)
 
         if for_torch or scattered:
-            self._add_refused(rows(refused), for_torch, scattered, group, hyper, decay, False)
+            self._add_refused(rows(refused), for_torch, scattered, group, hyper, first=False)
         return rows(fresh) if fresh[0] else _NO_ROWS
 
-    def add_sgd(self, rows: Rows, hyper: SgdHyper, decay: float | Tensor) -> None:
+    def add_sgd(self, rows: Rows, hyper: SgdHyper) -> None:
         """Adds momentum SGD on rows that have all their momentum, and the EMA of their shadows."""
-        self._add(rows, hyper, decay, first=False)
+        self._add(rows, hyper, first=False)
 
-    def add_first_sgd(self, rows: Rows, hyper: SgdHyper, decay: float | Tensor) -> None:
+    def add_first_sgd(self, rows: Rows, hyper: SgdHyper) -> None:
         """Adds the first step of rows, which is not dampened.
 
         ``rows.momentum_buffers`` holds None everywhere; after ``run``, the new momentum.
@@ -172,7 +201,7 @@ class Plan:
                 new_momentum(param, hyper) if isinstance(param, Tensor) else None  # refused below
                 for param in rows.params
             ]
-        self._add(rows, hyper._replace(dampening=0.0), decay, first=True)
+        self._add(rows, hyper._replace(dampening=0.0), first=True)
 
     def require_no_capture(self, new: Rows) -> None:
         """Raises RuntimeError for rows without state while a CUDA graph is captured.
@@ -192,29 +221,26 @@ class Plan:
         self,
         params: list[Tensor],
         shadows: list[Tensor],
-        decay: float | Tensor,
         refinements: list[Tensor | None] | None = None,
     ) -> None:
         """Adds the EMA of parameters that this step does not change."""
-        self._add(Rows(params, None, None, list(shadows), refinements), None, decay, first=False)
+        self._add(Rows(params, None, None, list(shadows), refinements), None, first=False)
 
     def add_remaining_ema(
         self,
-        shadows: dict[Tensor, Tensor],
-        decay: float | Tensor,
         refinement: Callable[[Tensor], Tensor | None] = lambda _: None,
         roundings: Callable[[], dict[Tensor, Rounding]] = dict,
     ) -> None:
         """Adds the EMA of all parameters that were not added with their shadow.
 
         Args:
-            shadows: every shadow, by its parameter.
-            decay: of the EMA.
             refinement: what refines a parameter, if anything does.
             roundings: the parameters whose shadows are rounded stochastically, with the rounding of
                 each; called where there are shadows to add.
         """
-        params, left = self._native.untouched(shadows)
+        if self._averages is None:
+            return
+        params, left = self._native.untouched(self._averages.shadows)
         if not params:
             return
         rows = Rows(params, None, None, list(left), [refinement(param) for param in params])
@@ -229,19 +255,16 @@ class Plan:
                 ordinals = [found[param].ordinals[0] for param in some.params]
                 rounding = found[some.params[0]]._replace(ordinals=ordinals)
                 some = some._replace(rounding=rounding)
-            self._add(some, None, decay, first=False)
+            self._add(some, None, first=False)
 
     def run_ema(
-        self,
-        shadows: dict[Tensor, Tensor],
-        decay: float | Tensor,
-        subject: Callable[[str, Tensor], str],
-        gate: Gate | None = None,
+        self, averages: Averages, subject: Callable[[str, Tensor], str], gate: Gate | None = None
     ) -> None:
         """A whole step that updates averages alone."""
         self.clear(subject)
         try:
-            self.add_remaining_ema(shadows, decay)
+            self.set_averages(averages)
+            self.add_remaining_ema()
             self.run(gate=gate)
         finally:
             self.clear(subject)
@@ -302,7 +325,7 @@ class Plan:
         chunks = sum(-(-numel // chunk) for numel in elements)
         self._memory("norm", index, 2 if index == _CPU else 2 + chunks)
         if index != _CPU:
-            self._memory("groups", index, groups * self._module.group_bytes // 8)
+            self._memory("groups", index, self._module.memory_bytes(groups) // 8)
 
     def _memory(self, what: str, device: int, doubles: int) -> Tensor:
         """Memory on a device, kept for the next step if the plan keeps any."""
@@ -357,33 +380,57 @@ class Plan:
             step(None if clip is None else clip.coefficient)
         self._fill_copies()
         devices = self._native.devices()
-        steps = self._rounding_steps
-        if clip is None and gate is None and steps is None and not self._tensors:
+        counts = (self._rounding_steps, self._averages.on_device if self._averages else None)
+        by_memory = any(each is not None for each in (clip, gate, *counts))
+        if not (by_memory or self._tensors or self._decays or self._many_averages):
             for device in devices:
                 self._launch(device, self._native.run, 0)
         else:
-            self._run_by_scalars(devices, clip, gate, steps)
+            self._run_by_scalars(devices, clip, gate, counts)
         self._write_copies()
 
+    @property
+    def _many_averages(self) -> bool:
+        """Whether their rules do not fit into a launch, and take memory on a GPU."""
+        averages = self._averages
+        return averages is not None and len(averages.decays) > self._module.table_averages
+
     def _run_by_scalars(
-        self, devices: list[int], clip: Clip | None, gate: Gate | None, steps: Tensor | None
+        self,
+        devices: list[int],
+        clip: Clip | None,
+        gate: Gate | None,
+        counts: tuple[Tensor | None, Tensor | None],
     ) -> None:
-        """Launches what depends on numbers that are tensors."""
+        """Launches what depends on numbers in memory."""
         if gate is not None and _index_of(gate.home) not in devices:
             devices.append(_index_of(gate.home))
         # Copied before a device counts this step.
-        steps_on = {d: None if steps is None else steps.to(_device_of(d)) for d in devices}
+        counts_on = {
+            device: [None if count is None else count.to(_device_of(device)) for count in counts]
+            for device in devices
+        }
         for device in devices:
-            memory = self._set_scalars(device, clip, gate, steps_on[device])
+            memory = self._set_scalars(device, clip, gate, *counts_on[device])
             self._launch(device, self._native.run, 0 if memory is None else memory.data_ptr())
 
     def _set_scalars(
-        self, device: int, clip: Clip | None, gate: Gate | None, rounding_steps: Tensor | None
+        self,
+        device: int,
+        clip: Clip | None,
+        gate: Gate | None,
+        rounding_steps: Tensor | None,
+        average_steps: Tensor | None,
     ) -> Tensor | None:
         """Tells the native plan what it has to read on a device, and returns the memory for it."""
         if rounding_steps is not None:
             self._scalars.append(rounding_steps)
             self._native.set_rounding_steps(rounding_steps.data_ptr())
+        if average_steps is not None:
+            self._scalars.append(average_steps)
+            self._native.set_average_steps(average_steps.data_ptr())
+        for k, decay in self._decays.items():
+            self._native.set_decay(k, *self._address_on(device, decay))
         for key, tensors in enumerate(self._tensors):
             for which, tensor in tensors.items():
                 self._native.set_scalar(key, which, *self._address_on(device, tensor))
@@ -474,13 +521,13 @@ class Plan:
             code, message = error.args
             raise RuntimeError(f"{message}. {cuda_advice(code, device)}") from None
 
-    def _add(self, rows: Rows, hyper: SgdHyper | None, decay: float | Tensor, first: bool) -> None:
+    def _add(self, rows: Rows, hyper: SgdHyper | None, first: bool) -> None:
         if not rows.params:
             return
-        group = self._group(hyper, decay, rows.rounding)
+        group = self._group(hyper, rows.rounding)
         for_torch, scattered = self._checked(self._native.add, *rows.offered, group, False)
         if for_torch or scattered:
-            self._add_refused(rows, for_torch, scattered, group, hyper, decay, first)
+            self._add_refused(rows, for_torch, scattered, group, hyper, first)
 
     def _add_refused(
         self,
@@ -489,7 +536,6 @@ class Plan:
         scattered: list[int],
         group: Any,
         hyper: SgdHyper | None,
-        decay: float | Tensor,
         first: bool,
     ) -> None:
         """Adds rows that the kernels do not take as they are: as copies, or to be run by torch."""
@@ -498,19 +544,16 @@ class Plan:
             self._checked(self._native.add, *copies.offered, group, True)
         if for_torch:
             numbers = None if hyper is None else hyper.numbers()
-            self._add_for_torch(rows, for_torch, numbers, float(decay), first)
+            self._add_for_torch(rows, for_torch, numbers, first)
 
-    def _group(
-        self, hyper: SgdHyper | None, decay: float | Tensor, rounding: Rounding | None
-    ) -> Any:
+    def _group(self, hyper: SgdHyper | None, rounding: Rounding | None) -> Any:
         seed_and_step = None
         if rounding is not None:
             seed_and_step = rounding.seed, rounding.step
             self._rounding_steps = rounding.on_device
         if hyper is None:
-            numbers, tensors = self._numbers((decay,), ("decay",))
-            return self._module.Group(decay=numbers[0], tensors=tensors, rounding=seed_and_step)
-        numbers, tensors = self._numbers((*hyper[:5], decay), SCALARS)
+            return self._module.Group(rounding=seed_and_step)
+        numbers, tensors = self._numbers(hyper[:5])
         return self._module.Group(
             lr=numbers[0],
             momentum=numbers[1],
@@ -522,15 +565,14 @@ class Plan:
             decoupled_weight_decay=hyper.decoupled_weight_decay,
             sutskever=hyper.formulation == "sutskever",
             reset_grads=hyper.reset_grads,
-            decay=numbers[5],
             tensors=tensors,
             rounding=seed_and_step,
         )
 
     def _numbers(
-        self, values: tuple[float | Tensor, ...], names: tuple[str, ...]
+        self, values: tuple[float | Tensor, ...]
     ) -> tuple[tuple[float | Tensor, ...], int]:
-        """The values as far as the host knows them, and the key of those that are tensors."""
+        """The first scalars as far as the host knows them, and a key of those that are tensors."""
         for value in values:
             # Most are numbers, and asking a number's type costs less than what else it may be.
             if type(value) is not float and isinstance(value, Tensor):
@@ -539,7 +581,7 @@ class Plan:
             return values, _ALL_GROUPS
         numbers: list[float] = []
         tensors: dict[int, Tensor] = {}
-        for value, name in zip(values, names, strict=False):
+        for value, name in zip(values, SCALARS, strict=False):
             scalar = as_scalar(value, name)
             hidden = False
             if isinstance(scalar, Tensor):
@@ -555,19 +597,24 @@ class Plan:
         ``run`` fills them, and copies back what the step writes.
         """
 
+        def replaced(tensor: Any, param: Tensor, written: bool) -> Any:
+            if isinstance(tensor, tuple):
+                return tuple(replaced(each, param, written) for each in tensor)
+            order = torch.empty_like(param, requires_grad=False)
+            if not isinstance(tensor, Tensor) or tensor.stride() == order.stride():
+                return tensor
+            copy = torch.empty_like(order, dtype=tensor.dtype)
+            self._copies.append((tensor, copy, written))
+            # A copy of a frozen parameter is one too, for its shadows to follow it.
+            return nn.Parameter(copy, requires_grad=False) if is_frozen(tensor) else copy
+
         def dense(stream: list[Any] | None, written: bool) -> list[Any] | None:
             if stream is None:
                 return None
-            replaced: list[Any] = []
-            for tensor, param in zip(stream, rows.params, strict=True):
-                order = torch.empty_like(param, requires_grad=False)
-                if isinstance(tensor, Tensor) and tensor.stride() != order.stride():
-                    copy = torch.empty_like(order, dtype=tensor.dtype)
-                    self._copies.append((tensor, copy, written))
-                    replaced.append(copy)
-                else:
-                    replaced.append(tensor)
-            return replaced
+            return [
+                replaced(tensor, param, written)
+                for tensor, param in zip(stream, rows.params, strict=True)
+            ]
 
         steps = hyper is not None
         return Rows(
@@ -580,20 +627,13 @@ class Plan:
         )
 
     def _add_for_torch(
-        self, all_rows: Rows, indices: list[int], hyper: SgdHyper | None, decay: float, first: bool
+        self, all_rows: Rows, indices: list[int], hyper: SgdHyper | None, first: bool
     ) -> None:
         rows = all_rows.take(indices)
         for k in range(len(indices)):
             self._check_for_torch(rows.take([k]), hyper)
         if hyper is None:
-            self._for_torch.append(
-                lambda _: _composite.ema_update_(
-                    rows.shadows or [],
-                    _composite.Refined(rows.params, rows.refinements).values,
-                    decay,
-                    None if rows.rounding is None else rows.rounding.on_host(),
-                )
-            )
+            self._average_by_torch(rows)
             return
 
         self._torch_grads += rows.grads or []
@@ -627,7 +667,28 @@ class Plan:
         # These steps run before the kernels, which may well reach the shadows.
         tracked = [k for k, shadow in enumerate(rows.shadows or ()) if shadow is not None]
         averages = rows.take(tracked)
-        self._add(averages._replace(grads=None, momentum_buffers=None), None, decay, first=False)
+        self._add(averages._replace(grads=None, momentum_buffers=None), None, first=False)
+
+    def _average_by_torch(self, rows: Rows) -> None:
+        averages, shadows = self._averages, rows.shadows
+        decays = None if averages is None else averages.on_host()
+        if averages is None or shadows is None or decays is None:
+            return
+        copied = [averages.follows_frozen and is_frozen(param) for param in rows.params]
+
+        def step(_: Tensor | None) -> None:
+            values = _composite.Refined(rows.params, rows.refinements).values
+            rounding = None if rows.rounding is None else rows.rounding.on_host()
+            for k, decay in enumerate(decays):
+                _composite.ema_update_(
+                    [None if shadow is None else all_shadows(shadow)[k] for shadow in shadows],
+                    values,
+                    [0.0 if copy else decay for copy in copied],
+                    rounding,
+                    shadow_stream(k),
+                )
+
+        self._for_torch.append(step)
 
     def _check_for_torch(self, row: Rows, hyper: SgdHyper | None) -> None:
         """Raises now what torch would raise only after other tensors have changed."""
@@ -642,10 +703,7 @@ class Plan:
                 f"{self._subject('params', param)}: expected state_dtype None with a complex "
                 f"parameter, got {hyper.state_dtype}"
             )
-        for name, stream in zip(_STREAMS[1:], row[1 : len(_STREAMS)], strict=True):
-            tensor = None if stream is None else stream[0]
-            if tensor is None:
-                continue
+        for name, tensor in _beside_param(row):
             for what in ("device", "shape"):
                 expected, found = getattr(param, what), getattr(tensor, what)
                 if expected != found:
@@ -667,8 +725,27 @@ class Plan:
             return call(*args)
         except self._module.RowError as error:
             kind, param, stream, message = error.args
-            subject = self._subject(_STREAMS[stream], param)
+            subject = self._subject(_stream_name(stream), param)
         raise kind(f"{subject}: {message}")
+
+
+def _stream_name(stream: int) -> str:
+    """What a stream is called in errors, by its number in the native module."""
+    beyond = stream - len(_STREAMS)
+    return _STREAMS[stream] if beyond < 0 else f"averages[{beyond + 1}]"
+
+
+def _beside_param(row: Rows) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a row but the parameter, and what they are called."""
+    for name, stream in zip(_STREAMS[1:], row[1 : len(_STREAMS)], strict=True):
+        if stream is None or stream[0] is None:
+            continue
+        tensors: Any = stream[0]
+        if name != "shadows":
+            yield name, tensors
+            continue
+        for k, shadow in enumerate(all_shadows(tensors)):
+            yield _stream_name(shadow_stream(k)), shadow
 
 
 def new_momentum(param: Tensor, hyper: SgdHyper) -> Tensor:

@@ -6,7 +6,7 @@ The torch part is for tensors that the kernels do not reach. It gives the number
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -25,6 +25,11 @@ class Stream(IntEnum):
     PARAM = 0
     MOMENTUM = 2
     SHADOW = 3
+
+
+def shadow_stream(average: int) -> int:
+    """The stream of the shadows of an average: after the first, beyond the 5 that rows have."""
+    return Stream.SHADOW if average == 0 else 5 + average - 1
 
 
 class Rounding(NamedTuple):
@@ -71,7 +76,7 @@ def group_roundings(
 
 
 def shadow_roundings(
-    shadows: dict[Tensor, Tensor],
+    tracked: Iterable[Tensor],
     groups: list[dict[str, Any]],
     roundings: list[Rounding | None],
 ) -> dict[Tensor, Rounding]:
@@ -87,7 +92,7 @@ def shadow_roundings(
     count = sum(len(group["params"]) for group in groups)
     rounding_of = {
         param: found._replace(ordinals=[count + i])
-        for i, param in enumerate(shadows)
+        for i, param in enumerate(tracked)
         if param not in own
     }
     for group, rounding in zip(groups, roundings, strict=True):
@@ -109,7 +114,7 @@ def narrow_(
     tensors: Sequence[Tensor | None],
     values: Sequence[Any],
     rounding: Rounding | None,
-    stream: Stream,
+    stream: int,
 ) -> None:
     """Writes what :func:`widened` has made copies of, rounded stochastically."""
     if rounding is None or not tensors:
@@ -133,9 +138,7 @@ def _is_half(tensor: Tensor) -> bool:
     return tensor.dtype in HALF_DTYPES and tensor.layout == torch.strided
 
 
-def _store_(
-    target: Tensor, values: Tensor, rounding: Rounding, ordinal: int, stream: Stream
-) -> None:
+def _store_(target: Tensor, values: Tensor, rounding: Rounding, ordinal: int, stream: int) -> None:
     if hasattr(target, "to_local"):  # a DTensor: each process rounds its part by itself
         target, values = target.to_local(), values.to_local()  # type: ignore[attr-defined]
     dense = torch.empty_like(target)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_opt import _ops
+from fused_opt._averages import Averages
 from fused_opt._hyper import (
     SgdHyper,
     check_decay,
@@ -153,8 +154,10 @@ def sgd_step_(
     with thread_plan(params) as plan:
         if first:
             plan.require_no_capture(first_rows)
-        plan.add_first_sgd(first_rows, hyper, 0.0 if decay is None else decay)
-        plan.add_sgd(later_rows, hyper, 0.0 if decay is None else decay)
+        if decay is not None:
+            plan.set_averages(_average(decay))
+        plan.add_first_sgd(first_rows, hyper)
+        plan.add_sgd(later_rows, hyper)
         plan.run()
     if momentum_buffers is not None:
         for i, new in zip(first, first_rows.momentum_buffers or (), strict=True):
@@ -197,7 +200,8 @@ def ema_update_(
         _ops.trace_ema_update_(shadows, params, decay)
         return
     with thread_plan(params) as plan:
-        plan.add_ema(list(params), list(shadows), decay)
+        plan.set_averages(_average(decay))
+        plan.add_ema(list(params), list(shadows))
         plan.run()
 
 
@@ -216,6 +220,11 @@ def _check(hyper: SgdHyper) -> None:
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
     check_formulation(hyper.formulation)
     check_state_dtype(hyper.state_dtype)
+
+
+def _average(decay: float | Tensor) -> Averages:
+    """One average, of whatever is in the lists."""
+    return Averages({}, (decay,), follows_frozen=False)
 
 
 def _check_length(name: str, tensors: Sequence[Any] | None, params: Sequence[Tensor]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _use_grad_for_differentiable
 
+from fused_opt._averages import Averages
 from fused_opt._composite import sgd_formula
 from fused_opt._counter import Counter, is_capturing
 from fused_opt._hyper import (
@@ -19,7 +20,6 @@ from fused_opt._hyper import (
     SgdHyper,
     as_scalar,
     check_capturable,
-    check_decay,
     check_options,
     common_max_grad_norm,
 )
@@ -480,10 +480,14 @@ class SGD(torch.optim.SGD):
                 return
             found_inf = None
         max_norm, clip, skipped = self._max_grad_norm(), None, False
+        averages = None
+        if self._ema is not None:
+            left = self._is_counted_on_device(found_inf if sought is None else sought)
+            averages = self._ema._averages(left)
         plan = self._plan
         plan.clear(self._subject)
         try:
-            started = self._add_groups(grad_scale)
+            started = self._add_groups(grad_scale, averages)
             if max_norm is not None or sought is not None:
                 plan.check()
                 clip = self._take_norm(max_norm, grad_scale)
@@ -496,7 +500,7 @@ class SGD(torch.optim.SGD):
             if max_norm is None:
                 clip = None
             if not skipped:
-                self._run(clip, found_inf)
+                self._run(clip, found_inf, averages)
         finally:
             plan.clear(self._subject)
         self._clip = clip
@@ -510,6 +514,14 @@ class SGD(torch.optim.SGD):
         if not isinstance(found_inf, Tensor) or self._home() is None:
             return False
         return found_inf.is_cuda or self._is_capturable()
+
+    def _is_counted_on_device(self, found_inf: float | Tensor | None) -> bool:
+        """Whether a device alone may know that a step is taken, or how often."""
+        home = self._home()
+        if home is None:
+            return False
+        capturable = self._is_capturable() or is_capturing(home)
+        return capturable or (found_inf is not None and self._is_left_to_device(found_inf))
 
     def _needs_host(self, found_inf: Tensor, started: list[tuple[Rows, SgdHyper]]) -> bool:
         """Whether a step must know now if it is skipped, waiting for the GPU.
@@ -558,39 +570,39 @@ class SGD(torch.optim.SGD):
             return self._plan.grad_norm(ClipHyper(float("inf"), infinity=True), home)
         return self._plan.grad_norm(ClipHyper(max_norm, grad_scale), home)
 
-    def _add_groups(self, grad_scale: float | Tensor) -> list[tuple[Rows, SgdHyper]]:
+    def _add_groups(
+        self, grad_scale: float | Tensor, averages: Averages | None
+    ) -> list[tuple[Rows, SgdHyper]]:
         """Adds everything to the plan, and returns the rows that had no complete state."""
-        plan, ema = self._plan, self._ema
-        shadows = ema._shadow_of if ema is not None else None
-        decay = ema.decay if ema is not None else 0.0
-        if isinstance(decay, Tensor):  # which may have changed in place
-            check_decay(decay)
+        plan = self._plan
+        if averages is not None:
+            plan.set_averages(averages)
         started: list[tuple[Rows, SgdHyper]] = []
         roundings = group_roundings(self.param_groups, self._rounding_steps.held(self._home()))
         for group, rounding in zip(self.param_groups, roundings, strict=True):
             if group["capturable"]:
                 check_capturable(group)
             hyper = SgdHyper.of_group(group, grad_scale)
-            new = plan.add_param_group(group["params"], self.state, shadows, hyper, decay, rounding)
+            new = plan.add_param_group(group["params"], self.state, hyper, rounding)
             if new.params:
                 plan.require_no_capture(new)
-                started += [(rows, hyper) for rows in self._start_state(new, hyper, decay)]
-        if shadows is not None:
+                started += [(rows, hyper) for rows in self._start_state(new, hyper)]
+        if averages is not None:
             plan.add_remaining_ema(
-                shadows,
-                decay,
                 self._states.refinement,
-                lambda: shadow_roundings(shadows, self.param_groups, roundings),
+                lambda: shadow_roundings(averages.shadows, self.param_groups, roundings),
             )
         return started
 
-    def _run(self, clip: Clip | None, found_inf: Tensor | None) -> None:
+    def _run(self, clip: Clip | None, found_inf: Tensor | None, averages: Averages | None) -> None:
         """Runs the plan, and counts the step: on the device if only that knows how often."""
         rounding = any(group["stochastic_rounding"] for group in self.param_groups)
         counters = [] if self._ema is None else [self._ema._updates]
         counters += [self._rounding_steps] if rounding else []
         gate = self._gate(found_inf, counters) if found_inf is not None or counters else None
         self._plan.run(clip, gate)
+        if self._ema is not None and averages is not None:
+            self._ema._copy_buffers(gate)
         if gate is not None:
             return
         if self._ema is not None:
@@ -640,7 +652,7 @@ class SGD(torch.optim.SGD):
         """A count of steps with (+1) or without (-1) those that a device has counted."""
         return (steps + sign * int(self._rounding_steps)) % 2**64
 
-    def _start_state(self, new: Rows, hyper: SgdHyper, decay: float | Tensor) -> list[Rows]:
+    def _start_state(self, new: Rows, hyper: SgdHyper) -> list[Rows]:
         """Plans the step of rows whose state is not complete, and returns them with it.
 
         What is there in another form is converted; what has no momentum is at its first step.
@@ -650,7 +662,7 @@ class SGD(torch.optim.SGD):
             refinements = [states.wanted_refinement(param, hyper) for param in new.params]
             new = new._replace(refinements=refinements)
         if new.momentum_buffers is None:
-            self._plan.add_sgd(new, hyper, decay)
+            self._plan.add_sgd(new, hyper)
             return [new]
         new.momentum_buffers[:] = [
             states.converted_momentum(param, hyper) if momentum is None else momentum
@@ -659,8 +671,8 @@ class SGD(torch.optim.SGD):
         held = [momentum is not None for momentum in new.momentum_buffers]
         first = new.take([i for i, is_held in enumerate(held) if not is_held])
         later = new.take([i for i, is_held in enumerate(held) if is_held])
-        self._plan.add_first_sgd(first, hyper, decay)
-        self._plan.add_sgd(later, hyper, decay)
+        self._plan.add_first_sgd(first, hyper)
+        self._plan.add_sgd(later, hyper)
         return [first, later]
 
     @torch.no_grad()
@@ -696,7 +708,10 @@ class SGD(torch.optim.SGD):
                     self._states.keep_momentum(param, new_momentum, hyper)
         if self._ema is not None:
             with torch.no_grad():
-                self._plan.run_ema(self._ema._shadow_of, self._ema.decay, self._subject)
+                averages = self._ema._averages(left_to_device=False)
+                if averages is not None:
+                    self._plan.run_ema(averages, self._subject)
+                    self._ema._copy_buffers(None)
             self._ema._updates.add()
 
     def _subject(self, stream: str, param: Tensor) -> str:

@@ -226,7 +226,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
     """Asserts equal dtype, shape and bits; NaNs are equal, for their payloads are not promised."""
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} is not {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
     a, b = (t.detach().cpu().contiguous().resolve_neg() for t in (actual, expected))
     differ = (a.view(integer) != b.view(integer)) & ~(a.isnan() & b.isnan())
     assert not differ.any(), (
@@ -359,7 +359,8 @@ def checked_step(
         for j, (p, old) in enumerate(members):
             _assert_stepped(optimizer, group, p, old, grad_scale, f"group {i}, parameter {j}:")
     for (old_shadow, version), shadow, p in zip(shadows_before, shadows, tracked, strict=True):
-        assert_ema_update(average.decay, old_shadow, p, shadow)
+        is_frozen = isinstance(p, torch.nn.Parameter) and not p.requires_grad
+        assert_ema_update(0.0 if is_frozen else average.decay, old_shadow, p, shadow)
         assert shadow._version > version or not shadow.numel(), "a shadow's version is not bumped"
 
 

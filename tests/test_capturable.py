@@ -279,8 +279,8 @@ def test_counts_are_plain_ints_everywhere(device):
     states += [copy.deepcopy(ema).state_dict(), copy.deepcopy(optimizer).ema.state_dict()]
     states += [pickle.loads(pickle.dumps(optimizer)).ema.state_dict()]
     for state in states:
-        assert type(state["num_updates"]) is int
-        assert state["num_updates"] == 3
+        assert type(state["num_steps"]) is int
+        assert state["num_steps"] == 3
     assert type(ema.num_updates) is int
 
 

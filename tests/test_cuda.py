@@ -718,9 +718,9 @@ def test_a_warm_step_allocates_nothing():
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
-@pytest.mark.parametrize(("count", "launches"), [(1, 1), (500, 1), (2000, 3)])
+@pytest.mark.parametrize(("count", "launches"), [(1, 1), (500, 1), (2000, 4)])
 def test_a_list_of_one_dtype_is_one_launch_per_table(count, launches):
-    """A table holds some 700 tensors; nothing else runs on the device."""
+    """A table holds some 570 tensors; nothing else runs on the device."""
     params = make_params([(1 + i % 50,) for i in range(count)], F32, torch.device(DEVICE))
     ema = EMA(params, decay=0.9)
     optimizer = SGD(params, lr=0.1, momentum=0.9, reset_grads=True, ema=ema)

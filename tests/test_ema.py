@@ -597,9 +597,8 @@ def test_state_dict_round_trip(dtype):
         perturb(model.parameters(), seed=step)
         ema.update()
     state = ema.state_dict()
-    assert set(state) == {"decay", "num_updates", "shadows"}
-    assert state["decay"] == 0.75
-    assert state["num_updates"] == 3
+    assert state["decay"] == [0.75]
+    assert state["num_steps"] == 3
     stream = io.BytesIO()
     torch.save(state, stream)
     stream.seek(0)
@@ -619,7 +618,7 @@ def test_loading_keeps_the_shadows_dtype():
     params = make_params([(4,)], dtype=BF16)
     ema = EMA(params)
     state = ema.state_dict()
-    state["shadows"] = {"0": torch.tensor([1.5, 2.5, -3.5, 0.25], dtype=F64)}
+    state["averages"] = [{"0": torch.tensor([1.5, 2.5, -3.5, 0.25], dtype=F64)}]
     place = ema.shadows["0"].data_ptr()
     ema.load_state_dict(state)
     assert_same_bits(ema.shadows["0"], torch.tensor([1.5, 2.5, -3.5, 0.25], dtype=F32))
@@ -635,48 +634,63 @@ def test_loaded_state_is_not_aliased():
 
 
 def drop(state: dict) -> None:
-    del state["shadows"]["2.bias"]
+    del state["averages"][0]["2.bias"]
 
 
 def add(state: dict) -> None:
-    state["shadows"]["3.weight"] = torch.zeros(2)
+    state["averages"][0]["3.weight"] = torch.zeros(2)
 
 
 def rename(state: dict) -> None:
-    state["shadows"] = {f"module.{name}": s for name, s in state["shadows"].items()}
+    state["averages"][0]["head.bias"] = state["averages"][0].pop("2.bias")
 
 
 def reshape(state: dict) -> None:
-    state["shadows"]["2.bias"] = torch.zeros(4)
+    state["averages"][0]["2.bias"] = torch.zeros(4)
 
 
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (drop, "2.bias"),
-        (add, "3.weight"),
-        (rename, "0.weight"),
-        (reshape, "2.bias"),
-        (lambda state: state.update(decay=1.5), "decay"),
+        (drop, r"missing \['2.bias'\]"),
+        (add, r"unknown \['3.weight'\]"),
+        (rename, r"missing \['2.bias'\], unknown \['head.bias'\]"),
+        (reshape, r"\(3,\).* for '2.bias', got .*\(4,\)"),
+        (lambda state: state["averages"][0].update({"2.bias": 3}), "int as '2.bias'"),
+        (lambda state: state.update(decay=[1.5]), "decay"),
+        (lambda state: state.update(decay=[0.5, 0.5]), "'decay'.*list of 1"),
+        (lambda state: state.update(decay=[{"schedule": "none"}]), "schedule"),
+        (lambda state: state.update(averages=[]), "'averages'.*list of 1"),
         (lambda state: state.pop("decay"), "decay"),
-        (lambda state: state.pop("num_updates"), "num_updates"),
+        (lambda state: state.pop("num_steps"), "num_steps"),
+        (lambda state: state.update(num_steps=-1), "num_steps"),
+        (lambda state: state.update(update_every=0), "update_every"),
+        (lambda state: state.update(applied=0), "weights"),
+        (lambda state: state.update(applied=1, weights={}), "applied"),
+        (lambda state: state.update(applied=0, weights={}), "weights.*0.weight"),
+        (lambda state: state["buffers"].update(extra=torch.ones(1)), "extra"),
     ],
-    ids=["missing", "unknown", "prefixed", "shape", "decay", "no decay", "no num_updates"],
 )
 def test_loading_a_state_that_does_not_fit_raises_and_loads_nothing(damage, named):
     model = make_model()
     source = EMA(make_model(seed=4), decay=0.25)
     source.update()
-    state = source.state_dict()
-    state["shadows"] = dict(state["shadows"])
+    state = copy.deepcopy(source.state_dict())
     damage(state)
     ema = EMA(model, decay=0.75)
-    before, counts = copies(ema.shadows), versions(ema.shadows)
-    with pytest.raises(ValueError, match=named.replace(".", r"\.")):
+    tensors = [*ema.shadows.values(), *model.parameters()]
+    before, counts = copies(tensors), versions(tensors)
+    with pytest.raises(ValueError, match=named):
         ema.load_state_dict(state)
-    assert_all_same(ema.shadows, before)
-    assert versions(ema.shadows) == counts
+    assert_all_same(tensors, before)
+    assert versions(tensors) == counts
     assert (ema.decay, ema.num_updates) == (0.75, 0)
+
+
+@pytest.mark.parametrize("state", [None, 3, [], {}, {"weights": 1}])
+def test_a_state_in_no_known_format_is_refused(state):
+    with pytest.raises((TypeError, ValueError), match="state_dict"):
+        EMA(make_model()).load_state_dict(state)
 
 
 def test_loading_while_applied_keeps_the_raw_weights(averaged):

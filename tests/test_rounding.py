@@ -659,10 +659,10 @@ def pair(device: torch.device) -> tuple[SGD, SGD]:
     options = {"lr": 0.01, "momentum": 0.9, "stochastic_rounding": True, "rounding_seed": 7}
     pair = []
     for is_capturable in (True, False):
-        *params, frozen = make_params([(70,), (3, 9), (65,)], BF16, device)
-        ema = EMA([*params, frozen], decay=0.9)
+        *params, outside = make_params([(70,), (3, 9), (65,)], BF16, device)
+        ema = EMA([*params, outside], decay=0.9)
         half_shadows(ema, BF16)
-        ema._shadow_of[frozen].add_(0.3)
+        ema.shadows["2"].add_(0.3)
         pair.append(SGD(params, **options, capturable=is_capturable, ema=ema))
     return pair[0], pair[1]
 

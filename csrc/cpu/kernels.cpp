@@ -35,8 +35,10 @@ struct Place {
 
   FUSED_OPT_HD bool has(Stream stream) const { return row.data[stream] != nullptr; }
   FUSED_OPT_HD DType dtype(Stream stream) const { return dtypes[stream]; }
-  FUSED_OPT_HD char* at(Stream stream) const {
-    return static_cast<char*>(row.data[stream]) + first * element_size(dtypes[stream]);
+  FUSED_OPT_HD char* at(Stream stream) const { return in(row.data[stream], stream); }
+  // In other memory of that stream's dtype.
+  FUSED_OPT_HD char* in(void* data, Stream stream) const {
+    return static_cast<char*>(data) + first * element_size(dtypes[stream]);
   }
 };
 
@@ -73,7 +75,12 @@ template <typename T>
 class Tile {
  public:
   FUSED_OPT_HD Tile(const Place& place, Stream stream)
-      : place_(place), stream_(stream), data_(place.at(stream)), dtype_(place.dtype(stream)) {
+      : Tile(place, stream, stream, place.row.data[stream]) {}
+
+  // Of another tensor than the row's, which has the dtype of that stream and is rounded by a number
+  // of its own.
+  FUSED_OPT_HD Tile(const Place& place, Stream alike, Stream number, void* data)
+      : place_(place), stream_(number), data_(place.in(data, alike)), dtype_(place.dtype(alike)) {
     prefetch(data_, kTile * element_size(dtype_));
     values_ = in_place() ? reinterpret_cast<T*>(data_) : buffer_;
   }
@@ -235,69 +242,90 @@ class CompensatedWeights {
   Tile<float> param_, compensation_;
 };
 
-// The rules of a group, in the arithmetic of T.
+// The rules of a row, in the arithmetic of T.
 template <typename T>
-struct GroupRules {
+struct RowRules {
   SgdRule<T> sgd;
-  EmaRule<T> ema;
+  EmaRule<T> ema;  // of the first average
   RoundingRule rounding;
   bool reset_grads;
+  int shadows;  // that are updated
+  const Averages& averages;
 
-  explicit GroupRules(const Group& group)
+  FUSED_OPT_HD RowRules(const TensorRow& row, const Group& group, const Averages& averages_)
       : sgd(group.sgd),
-        ema(group.decay),
         rounding(group.rounding),
-        reset_grads(group.reset_grads) {}
+        reset_grads(group.reset_grads),
+        shadows(row.data[kShadow] != nullptr ? averages_.count : 0),
+        averages(averages_) {
+    if (shadows > 0) ema = ema_of(row, 0);
+  }
+
+  FUSED_OPT_HD EmaRule<T> ema_of(const TensorRow& row, int average) const {
+    return EmaRule<T>(row.copies ? 0 : averages.decays[average]);
+  }
 };
 
 template <typename T>
-FUSED_OPT_HD void sgd_tile(const GroupRules<T>& group, T* params, const Place& place) {
+FUSED_OPT_HD void sgd_tile(const RowRules<T>& rules, T* params, const Place& place) {
   Tile<T> grad(place, kGrad);
   grad.load();
   const T* grads = grad.values();
   if (!place.has(kMomentum)) {
 #pragma omp simd
-    for (int i = 0; i < place.count; ++i) group.sgd.update(params[i], grads[i]);
+    for (int i = 0; i < place.count; ++i) rules.sgd.update(params[i], grads[i]);
     return;
   }
   Tile<T> momentum(place, kMomentum);
   momentum.load();
   T* velocities = momentum.values();
 #pragma omp simd
-  for (int i = 0; i < place.count; ++i) group.sgd.update(params[i], grads[i], velocities[i]);
-  momentum.store(group.rounding);
+  for (int i = 0; i < place.count; ++i) rules.sgd.update(params[i], grads[i], velocities[i]);
+  momentum.store(rules.rounding);
 }
 
 template <typename T>
-FUSED_OPT_HD void ema_tile(const GroupRules<T>& group, const T* params, const Place& place) {
-  Tile<T> shadow(place, kShadow);
+FUSED_OPT_HD void ema_tile(const EmaRule<T>& rule, const RoundingRule& rounding, const T* params,
+                           int count, Tile<T>& shadow) {
   shadow.load();
   T* shadows = shadow.values();
 #pragma omp simd
-  for (int i = 0; i < place.count; ++i) group.ema.update(shadows[i], params[i]);
-  shadow.store(group.rounding);
+  for (int i = 0; i < count; ++i) rule.update(shadows[i], params[i]);
+  shadow.store(rounding);
+}
+
+// The shadows of all averages. Only the first has its rule at hand: a row has any number of them.
+template <typename T>
+FUSED_OPT_HD void average_tile(const RowRules<T>& rules, const T* params, const Place& place) {
+  Tile<T> first(place, kShadow);
+  ema_tile(rules.ema, rules.rounding, params, place.count, first);
+  for (int k = 1; k < rules.shadows; ++k) {
+    void* const data = rules.averages.more_shadows[place.row.more_shadows + k - 1];
+    Tile<T> shadow(place, kShadow, shadow_stream(k), data);
+    ema_tile(rules.ema_of(place.row, k), rules.rounding, params, place.count, shadow);
+  }
 }
 
 // Updates a tile. Each loop runs over all of it, and the next one finds it in the L1 cache; over
 // 1024 elements at a time they are 5 % slower, since the fetches of the streams no longer mix, and
 // one loop over all streams is no faster.
 template <typename SomeWeights, typename T>
-FUSED_OPT_HD void step_tile(const GroupRules<T>& group, const Place& place) {
+FUSED_OPT_HD void step_tile(const RowRules<T>& rules, const Place& place) {
   SomeWeights weights(place);
   if (place.has(kGrad)) {
-    sgd_tile(group, weights.values(), place);
-    weights.store(group.rounding);
-    if (group.reset_grads) {
+    sgd_tile(rules, weights.values(), place);
+    weights.store(rules.rounding);
+    if (rules.reset_grads) {
       std::memset(place.at(kGrad), 0, place.count * element_size(place.dtype(kGrad)));
     }
   }
-  if (place.has(kShadow)) ema_tile(group, weights.values(), place);
+  if (rules.shadows > 0) average_tile(rules, weights.values(), place);
 }
 
 template <typename SomeWeights, typename T>
 FUSED_OPT_HD void step_chunk(const TensorRow& row, const DType* dtypes, const Group& group,
-                             int64_t begin, int64_t end) {
-  const GroupRules<T> rules(group);
+                             const Averages& averages, int64_t begin, int64_t end) {
+  const RowRules<T> rules(row, group, averages);
   int64_t i = begin;
   // Whole tiles, whose count the compiler knows, and then the rest.
   for (; i + kTile <= end; i += kTile) step_tile<SomeWeights>(rules, {row, dtypes, i, kTile});
@@ -361,36 +389,44 @@ bool fits(const TensorRow& row, const DType (&dtypes)[kStreams]) {
 }
 
 template <typename SomeWeights, typename T>
-void step_any(const TensorRow& row, const Group& group, int64_t begin, int64_t end) {
-  step_chunk<SomeWeights, T>(row, row.dtype, group, begin, end);
+void step_any(const TensorRow& row, const Group& group, const Averages& averages, int64_t begin,
+              int64_t end) {
+  step_chunk<SomeWeights, T>(row, row.dtype, group, averages, begin, end);
 }
 
 template <const DType (&kDTypesOfRow)[kStreams]>
-void step_known(const TensorRow& row, const Group& group, int64_t begin, int64_t end) {
-  step_chunk<Weights<float>, float>(row, kDTypesOfRow, group, begin, end);
+void step_known(const TensorRow& row, const Group& group, const Averages& averages, int64_t begin,
+                int64_t end) {
+  step_chunk<Weights<float>, float>(row, kDTypesOfRow, group, averages, begin, end);
 }
 
-void step_unrefined(const TensorRow& row, const Group& group, int64_t begin, int64_t end) {
-  if (fits(row, kFloat32Row)) return step_known<kFloat32Row>(row, group, begin, end);
-  if (fits(row, kBFloat16Row)) return step_known<kBFloat16Row>(row, group, begin, end);
-  if (fits(row, kFloat16Row)) return step_known<kFloat16Row>(row, group, begin, end);
-  step_any<Weights<float>, float>(row, group, begin, end);
+using Step = decltype(Kernels::step);
+
+Step step_unrefined(const TensorRow& row) {
+  if (fits(row, kFloat32Row)) return step_known<kFloat32Row>;
+  if (fits(row, kBFloat16Row)) return step_known<kBFloat16Row>;
+  if (fits(row, kFloat16Row)) return step_known<kFloat16Row>;
+  return step_any<Weights<float>, float>;
 }
 
 // By the kind of parameters that the row has.
-void step(const TensorRow& row, const Group& group, int64_t begin, int64_t end) {
-  if (row.dtype[kParam] == DType::kFloat64) {
-    return step_any<Weights<double>, double>(row, group, begin, end);
-  }
-  if (row.data[kRefinement] == nullptr) return step_unrefined(row, group, begin, end);
+Step step_of(const TensorRow& row) {
+  if (row.dtype[kParam] == DType::kFloat64) return step_any<Weights<double>, double>;
+  if (row.data[kRefinement] == nullptr) return step_unrefined(row);
   switch (row.dtype[kRefinement]) {
     case DType::kFloat32:
-      return step_any<MasterWeights, float>(row, group, begin, end);
+      return step_any<MasterWeights, float>;
     case DType::kInt16:
-      return step_any<SplitWeights, float>(row, group, begin, end);
+      return step_any<SplitWeights, float>;
     default:
-      return step_any<CompensatedWeights, float>(row, group, begin, end);
+      return step_any<CompensatedWeights, float>;
   }
+}
+
+void step(const TensorRow& row, const Group& group, const Averages& averages, int64_t begin,
+          int64_t end) {
+  if (row.data[kGrad] == nullptr && averages.count == 0) return;
+  step_of(row)(row, group, averages, begin, end);
 }
 
 double norm(const TensorRow& row, bool infinity, int64_t begin, int64_t end) {

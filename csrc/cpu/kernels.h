@@ -9,10 +9,18 @@
 
 namespace fused_opt::cpu {
 
+// What a step does to the averages of all rows.
+struct Averages {
+  const double* decays;
+  int count;                  // 0 where the step is not due: shadows are then left alone
+  void* const* more_shadows;  // TensorList::more_shadows
+};
+
 // Each works on elements [begin, end) of a row.
 struct Kernels {
   // Updates all streams.
-  void (*step)(const TensorRow& row, const Group& group, int64_t begin, int64_t end);
+  void (*step)(const TensorRow& row, const Group& group, const Averages& averages, int64_t begin,
+               int64_t end);
   // What the elements of the gradient, one chunk of rules/norm.h, add to its norm.
   double (*norm)(const TensorRow& row, bool infinity, int64_t begin, int64_t end);
   // Multiplies the gradient.

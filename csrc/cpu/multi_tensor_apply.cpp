@@ -124,11 +124,16 @@ void multi_tensor_apply(const TensorList& list, int threads) {
   const Kernels& kernels = current_level()->kernels;
   std::vector<Group> groups = list.groups;
   for (Group& group : groups) group.read_scalars();
+  const rules::AverageRule rule(list.average_steps);
+  std::vector<double> decays;
+  for (const AverageHyper& average : list.averages) decays.push_back(rule.decay(average));
+  const Averages averages = {decays.data(), rule.due ? int(decays.size()) : 0,
+                             list.more_shadows.data()};
   const bool skipped = is_skipped(list.gate.found_inf);
   const auto step = [&](size_t r, int64_t begin, int64_t end) {
     const Group& group = groups[list.rows[r].group];
     if (skipped) return reset_grad(list.rows[r], group, begin, end);
-    kernels.step(list.rows[r], group, begin, end);
+    kernels.step(list.rows[r], group, averages, begin, end);
   };
   Shares(list, kCutElements, step).run(threads);
   for (int64_t* counter : list.gate.counters) *counter += !skipped;

@@ -42,23 +42,34 @@ int64_t chunks_of(const TensorRow& row) {
   return (row.numel + kChunkElements - 1) / kChunkElements;
 }
 
+// The entries of a table that hold the shadows of a row after the first.
+int more_entries(const TensorRow& row, const TensorList& list) {
+  if (row.data[kShadow] == nullptr) return 0;
+  return (int(list.averages.size()) - 1 + kStreams - 1) / kStreams;
+}
+
 // Launches rows in tables of one size, as many rows in each as fit.
-template <typename T, bool kMixed, typename Table>
+template <typename T, bool kMixed, bool kMany, typename Table>
 class Launcher {
  public:
-  Launcher(const TensorList& list, const DeviceGroup<T>* on_device, int device, cudaStream_t stream)
-      : list_(list), on_device_(on_device), device_(device), stream_(stream), table_(new Table) {}
+  Launcher(const TensorList& list, const DeviceRules<T>& on_device, int device, cudaStream_t stream)
+      : list_(list), on_device_(on_device), device_(device), stream_(stream), table_(new Table) {
+    table_->averages_on_device = on_device.averages;
+    table_->averages.count = on_device.averages ? 0 : set_averages();
+  }
 
   void add(const TensorRow& row) {
     const int64_t chunks = chunks_of(row);
-    if (rows_ == Table::kRows || chunks_ + chunks > kMaxBlocks) flush();
+    const int more = kMany ? more_entries(row, list_) : 0;
+    if (rows_ + more >= Table::kRows || chunks_ + chunks > kMaxBlocks) flush();
     const int slot = slot_of(row.group);
+    if (more > 0) add_shadows(row, more);
     for (int s = 0; s < kStreams; ++s) table_->data[s][rows_] = row.data[s];
     table_->numel[rows_] = row.numel;
     table_->first_chunk[rows_] = uint32_t(chunks_);
     table_->group[rows_] = uint8_t(slot);
     if constexpr (Table::kStochastic) table_->ordinal[rows_] = row.ordinal;
-    table_->dtypes[rows_] = 0;
+    table_->dtypes[rows_] = row.copies ? kCopies : 0;
     for (int s = 0; s < kStreams; ++s) table_->dtypes[rows_] |= uint16_t(row.dtype[s]) << (3 * s);
     chunks_ += chunks;
     ++rows_;
@@ -67,7 +78,7 @@ class Launcher {
   void flush() {
     if (rows_ == 0) return;
     table_->rows = rows_;
-    const auto kernel = reinterpret_cast<const void*>(step_kernel<T, kMixed, Table>);
+    const auto kernel = reinterpret_cast<const void*>(step_kernel<T, kMixed, kMany, Table>);
     preload(kernel, device_);
     void* arguments[] = {table_.get()};
     check(cudaLaunchKernel(kernel, dim3(unsigned(chunks_)), dim3(kThreads), arguments, 0, stream_),
@@ -78,18 +89,40 @@ class Launcher {
   }
 
  private:
+  // Puts the rules of all averages into the table and returns their count.
+  int set_averages() {
+    const rules::AverageRule rule(list_.average_steps);
+    int count = 0;
+    for (const AverageHyper& average : list_.averages) {
+      table_->averages.rules[count++] = rules::EmaRule<T>(rule.decay(average));
+    }
+    return rule.due ? count : 0;
+  }
+
+  // Adds the shadows after the first of the row that comes next: the last entry holds the first of
+  // them.
+  void add_shadows(const TensorRow& row, int entries) {
+    const int count = int(list_.averages.size()) - 1;
+    for (int k = 0; k < count; ++k) {
+      const int entry = rows_ + entries - 1 - k / kStreams;
+      table_->data[k % kStreams][entry] = list_.more_shadows[row.more_shadows + k];
+      table_->first_chunk[entry] = uint32_t(chunks_);
+    }
+    rows_ += entries;
+  }
+
   // The rows of a group follow each other, so only the last slot can be the right one.
   int slot_of(int group) {
     if (group == last_group_) return groups_ - 1;
     if (groups_ == Table::kGroups) flush();
     table_->groups[groups_] = DeviceGroup<T>(list_.groups[group], false);
-    if (on_device_ != nullptr) table_->groups[groups_].on_device = on_device_ + group;
+    if (on_device_.groups != nullptr) table_->groups[groups_].on_device = on_device_.groups + group;
     last_group_ = group;
     return groups_++;
   }
 
   const TensorList& list_;
-  const DeviceGroup<T>* const on_device_;  // of every group, or null
+  const DeviceRules<T> on_device_;  // null where the host knows all numbers
   const int device_;
   const cudaStream_t stream_;
   const std::unique_ptr<Table> table_;
@@ -97,20 +130,43 @@ class Launcher {
   int64_t chunks_ = 0;
 };
 
-// Launches rows with the kernel that their dtypes need, in the table that they fill better.
-template <typename T, bool kMixed, bool kStochastic>
-void launch_as(const std::vector<const TensorRow*>& rows, int groups, const TensorList& list,
-               const DeviceGroup<T>* on_device, int device, cudaStream_t stream) {
+// Some rows of a list, by what decides on their kernel.
+struct Selection {
+  std::vector<const TensorRow*> rows;
+  int groups = 0, entries = 0;  // that they take in a table
+  bool mixed = false, stochastic = false, many = false;
+};
+
+// Launches rows in the table that they fill better.
+template <typename T, bool kMixed, bool kStochastic, bool kMany>
+void launch_as(const Selection& selection, const TensorList& list, const DeviceRules<T>& on_device,
+               int device, cudaStream_t stream) {
   const auto run = [&](auto launcher) {
-    for (const TensorRow* row : rows) launcher.add(*row);
+    for (const TensorRow* row : selection.rows) launcher.add(*row);
     launcher.flush();
   };
   using Small = SmallTable<T, kStochastic>;
   using Large = LargeTable<T, kStochastic>;
-  if (rows.size() <= Small::kRows && groups <= Small::kGroups) {
-    return run(Launcher<T, kMixed, Small>(list, on_device, device, stream));
+  if (selection.entries <= Small::kRows && selection.groups <= Small::kGroups) {
+    return run(Launcher<T, kMixed, kMany, Small>(list, on_device, device, stream));
   }
-  run(Launcher<T, kMixed, Large>(list, on_device, device, stream));
+  run(Launcher<T, kMixed, kMany, Large>(list, on_device, device, stream));
+}
+
+// Launches rows with the kernel that their dtypes need.
+template <typename T, bool kMany>
+void launch_by_dtypes(const Selection& selection, const TensorList& list,
+                      const DeviceRules<T>& on_device, int device, cudaStream_t stream) {
+  if (!selection.mixed) {
+    return launch_as<T, false, false, kMany>(selection, list, on_device, device, stream);
+  }
+  // Beside float64 no stream is of a half type.
+  if constexpr (kWide<T> == DType::kFloat32) {
+    if (selection.stochastic) {
+      return launch_as<T, true, true, kMany>(selection, list, on_device, device, stream);
+    }
+  }
+  launch_as<T, true, false, kMany>(selection, list, on_device, device, stream);
 }
 
 template <typename T>
@@ -123,24 +179,21 @@ bool is_all_wide(const TensorRow& row) {
 
 // Launches the rows that are computed in T.
 template <typename T>
-void launch(const TensorList& list, const DeviceGroup<T>* on_device, int device,
+void launch(const TensorList& list, const DeviceRules<T>& on_device, int device,
             cudaStream_t stream) {
-  std::vector<const TensorRow*> rows;
-  int groups = 0;
-  bool mixed = false, stochastic = false;
+  Selection selection;
   for (const TensorRow& row : list.rows) {
     if ((row.dtype[kParam] == DType::kFloat64) != (kWide<T> == DType::kFloat64)) continue;
-    groups += rows.empty() || row.group != rows.back()->group;
-    mixed = mixed || !is_all_wide<T>(row);
-    stochastic = stochastic || list.groups[row.group].rounding.stochastic;
-    rows.push_back(&row);
+    const int more = more_entries(row, list);
+    selection.groups += selection.rows.empty() || row.group != selection.rows.back()->group;
+    selection.entries += 1 + more;
+    selection.mixed = selection.mixed || !is_all_wide<T>(row);
+    selection.stochastic = selection.stochastic || list.groups[row.group].rounding.stochastic;
+    selection.many = selection.many || more > 0;
+    selection.rows.push_back(&row);
   }
-  if (!mixed) return launch_as<T, false, false>(rows, groups, list, on_device, device, stream);
-  // Beside float64 no stream is of a half type.
-  if constexpr (kWide<T> == DType::kFloat32) {
-    if (stochastic) return launch_as<T, true, true>(rows, groups, list, on_device, device, stream);
-  }
-  launch_as<T, true, false>(rows, groups, list, on_device, device, stream);
+  const auto run = selection.many ? launch_by_dtypes<T, true> : launch_by_dtypes<T, false>;
+  run(selection, list, on_device, device, stream);
 }
 
 // Calls launch(table, chunks) with tables of one size, as many gradients in each as fit.
@@ -192,30 +245,54 @@ void scale_chunks(const TensorList& grads, const double* coefficient, int device
   });
 }
 
-// Launches what reads numbers on the device, for all groups, and counts the step there.
-void prepare_groups(const TensorList& list, DeviceGroup<float>* floats,
-                    DeviceGroup<double>* doubles, int device, cudaStream_t stream) {
-  const int groups = int(list.groups.size()), counters = int(list.gate.counters.size());
+// Launches what reads numbers on the device, for all groups and averages, and counts the step
+// there.
+void prepare_rules(const TensorList& list, const DeviceRules<float>& floats,
+                   const DeviceRules<double>& doubles, int device, cudaStream_t stream) {
+  const int groups = int(list.groups.size()), averages = int(list.averages.size());
+  const int counters = int(list.gate.counters.size());
   const std::unique_ptr<HyperTable> table(new HyperTable);
-  int group = 0, counter = 0;
+  table->average_steps = list.average_steps;
+  table->found_inf = list.gate.found_inf;
+  table->floats = floats;
+  table->doubles = doubles;
+  table->all_averages = averages;
+  int group = 0, average = 0, counter = 0;
   do {
+    table->first_group = group;
     table->group_count = std::min(groups - group, HyperTable::kGroups);
-    // Groups may read a counter, so those of the last launch are read before any is advanced.
-    const bool read_all = group + table->group_count == groups;
+    table->first_average = average;
+    table->average_count = std::min(averages - average, HyperTable::kAverages);
+    // Groups and averages may read a counter: all of them do before any counter is advanced.
+    const bool read_all =
+        group + table->group_count == groups && average + table->average_count == averages;
     table->counter_count = read_all ? std::min(counters - counter, HyperTable::kCounters) : 0;
     std::copy_n(list.groups.data() + group, table->group_count, table->groups);
+    std::copy_n(list.averages.data() + average, table->average_count, table->averages);
     std::copy_n(list.gate.counters.data() + counter, table->counter_count, table->counters);
-    table->found_inf = list.gate.found_inf;
-    table->floats = floats + group;
-    table->doubles = doubles + group;
     preload(reinterpret_cast<const void*>(hyper_kernel), device);
     void* arguments[] = {table.get()};
     check(cudaLaunchKernel(reinterpret_cast<const void*>(hyper_kernel), dim3(1),
                            dim3(kHyperThreads), arguments, 0, stream),
           "launching the kernel of hyper-parameters");
     group += table->group_count;
+    average += table->average_count;
     counter += table->counter_count;
-  } while (group < groups || counter < counters);
+  } while (group < groups || average < averages || counter < counters);
+}
+
+// What the rules in one type take. It is a multiple of 8 bytes.
+template <typename T>
+int64_t rules_bytes(int groups) {
+  return groups * int64_t(sizeof(DeviceGroup<T>)) + int64_t(sizeof(DeviceAverages<T>));
+}
+
+// Places them in memory, and returns where that goes on.
+template <typename T>
+char* take_rules(char* memory, const TensorList& list, DeviceRules<T>& rules) {
+  rules.averages = reinterpret_cast<DeviceAverages<T>*>(memory);
+  rules.groups = reinterpret_cast<DeviceGroup<T>*>(memory + sizeof(DeviceAverages<T>));
+  return memory + rules_bytes<T>(int(list.groups.size()));
 }
 
 void check_device(int device) {
@@ -232,23 +309,28 @@ void check_device(int device) {
 void multi_tensor_apply(const TensorList& list, int device, void* stream, void* memory) {
   check_device(device);
   const auto queue = static_cast<cudaStream_t>(stream);
-  DeviceGroup<float>* floats = nullptr;
-  DeviceGroup<double>* doubles = nullptr;
+  DeviceRules<float> floats = {};
+  DeviceRules<double> doubles = {};
   if (memory_bytes(list) > 0) {
-    doubles = static_cast<DeviceGroup<double>*>(memory);
-    floats = reinterpret_cast<DeviceGroup<float>*>(doubles + list.groups.size());
-    prepare_groups(list, floats, doubles, device, queue);
+    auto* next = static_cast<char*>(memory);
+    next = take_rules(next, list, doubles);
+    take_rules(next, list, floats);
+    prepare_rules(list, floats, doubles, device, queue);
   }
   launch<float>(list, floats, device, queue);
   launch<double>(list, doubles, device, queue);
 }
 
 int64_t memory_bytes(int groups) {
-  return groups * int64_t(sizeof(DeviceGroup<float>) + sizeof(DeviceGroup<double>));
+  return rules_bytes<float>(groups) + rules_bytes<double>(groups);
 }
 
 int64_t memory_bytes(const TensorList& list) {
   bool needed = list.gate.found_inf != nullptr || !list.gate.counters.empty();
+  needed = needed || list.average_steps.more_steps != nullptr ||
+           int(list.averages.size()) > kTableAverages;
+  for (const AverageHyper& average : list.averages)
+    needed = needed || average.scalar.data != nullptr;
   for (const Group& group : list.groups) {
     for (const DeviceScalar& scalar : group.scalars) needed = needed || scalar.data != nullptr;
     needed = needed || group.rounding.more_steps != nullptr;

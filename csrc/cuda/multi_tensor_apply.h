@@ -21,7 +21,7 @@ void multi_tensor_apply(const TensorList& list, int device, void* stream, void* 
 
 // What a step needs on the device for numbers that only the device knows; 0 if there are none.
 int64_t memory_bytes(const TensorList& list);
-// The same for that many groups.
+// The same for that many groups, and any averages.
 int64_t memory_bytes(int groups);
 
 // Enqueues the norm of all gradients and the coefficient that clips them (rules/norm.h), which go
@@ -35,5 +35,8 @@ void scale_grads(const TensorList& grads, const double* coefficient, int device,
 // What one block updates: enough that finding its row costs nothing beside its bytes, small enough
 // that a model fills the last wave of blocks.
 inline constexpr int64_t kChunkElements = 8192;
+
+// The averages whose rules a launch carries. Those of more are kept in memory on the device.
+inline constexpr int kTableAverages = 8;
 
 }  // namespace fused_opt::cuda

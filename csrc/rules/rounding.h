@@ -63,7 +63,7 @@ struct RoundingRule {
       : state(hyper.stochastic ? mix(mix(hyper.seed) ^ hyper.step) : 0),
         stochastic(hyper.stochastic) {}
 
-  // No two places share a key: memory ends at offsets of 2^56, and streams are fewer than 256.
+  // No two places share a key: memory ends at offsets of 2^56, and there are at most 256 streams.
   FUSED_OPT_HD RoundingKey key(uint32_t ordinal, int stream, int64_t offset) const {
     const uint64_t place =
         uint64_t(ordinal) << 32 | uint64_t(stream) << 24 | uint64_t(offset) >> 32;
