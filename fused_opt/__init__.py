@@ -1,11 +1,11 @@
 """The whole optimizer tail of a training step in one pass over memory, on CPU and CUDA.
 
 ``SGD`` drops in for ``torch.optim.SGD``, ``EMA`` for a hand-written average of the weights, and
-``SGD(..., ema=ema)`` runs both as one. ``clip_grad_norm_`` clips gradients, which
-``SGD(..., max_grad_norm=...)`` does without writing them. ``GradScaler`` is torch's without a pass
-of its own over the gradients. ``functional`` has the same kernels as plain functions, and
-``schedules`` decays and learning rates that change with time. ``post_hoc`` makes averages of any
-width after training.
+``SGD(..., ema=ema)`` runs both as one. ``polyak_update_`` moves an average by hand.
+``clip_grad_norm_`` clips gradients, which ``SGD(..., max_grad_norm=...)`` does without writing
+them. ``GradScaler`` is torch's without a pass of its own over the gradients. ``functional`` has the
+same kernels as plain functions, and ``schedules`` decays and learning rates that change with time.
+``post_hoc`` makes averages of any width after training.
 """
 
 from fused_opt import functional, schedules
@@ -13,7 +13,17 @@ from fused_opt._build import build_info
 from fused_opt.clip import clip_grad_norm_
 from fused_opt.ema import EMA
 from fused_opt.grad_scaler import GradScaler
+from fused_opt.polyak import polyak_update_
 from fused_opt.sgd import SGD
 
 __version__ = "0.1.0"
-__all__ = ["EMA", "SGD", "GradScaler", "build_info", "clip_grad_norm_", "functional", "schedules"]
+__all__ = [
+    "EMA",
+    "SGD",
+    "GradScaler",
+    "build_info",
+    "clip_grad_norm_",
+    "functional",
+    "polyak_update_",
+    "schedules",
+]

@@ -64,11 +64,11 @@ def check_uint64(value: Any, name: str) -> None:
         raise ValueError(f"Invalid {name}: {value!r}, expected an integer in [0, 2**64)")
 
 
-def check_decay(decay: Any) -> None:
+def check_decay(decay: Any, name: str = "decay") -> None:
     """Raises ValueError unless it is a number in [0, 1], or a tensor of one on a GPU."""
-    number = visible(decay, "decay")
+    number = visible(decay, name)
     if not (is_hidden(decay) or (_is_number(number) and 0.0 <= number <= 1.0)):
-        raise ValueError(f"Invalid decay: {decay!r}, expected a number in [0, 1]")
+        raise ValueError(f"Invalid {name}: {decay!r}, expected a number in [0, 1]")
 
 
 def check_max_grad_norm(max_grad_norm: Any) -> None:
