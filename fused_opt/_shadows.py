@@ -12,7 +12,7 @@ from fused_opt._averages import Shadow
 from fused_opt._ema_names import Names, check_match
 from fused_opt._hyper import HALF_DTYPES
 
-_WIDER = dict.fromkeys(HALF_DTYPES, torch.float32)
+WIDER = dict.fromkeys(HALF_DTYPES, torch.float32)
 
 
 class Shadows:
@@ -162,7 +162,7 @@ def _memory(
 def _shadow_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of a tensor's shadow; raises ValueError for what no kernel takes beside it."""
     if dtype is None or tensor.is_complex():
-        return _WIDER.get(tensor.dtype, tensor.dtype)
+        return WIDER.get(tensor.dtype, tensor.dtype)
     is_double = tensor.dtype == torch.float64
     possible = (torch.float32, *((torch.float64,) if is_double else HALF_DTYPES))
     if dtype not in possible:

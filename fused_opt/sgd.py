@@ -28,6 +28,7 @@ from fused_opt._plan import Clip, Gate, Plan, Rows, new_momentum
 from fused_opt._rounding import group_roundings, shadow_roundings
 from fused_opt._state import ParamStates
 from fused_opt.ema import EMA
+from fused_opt.target_network import TargetNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +85,7 @@ class SGD(torch.optim.SGD):
         fused: recorded for compatibility; selects nothing.
         ema: its shadows are updated by every step: those of parameters with and without a
             gradient, in and outside this optimizer. The same bits as ``step(); ema.update()``,
-            which rounds shadows to nearest.
+            which rounds shadows to nearest. A ``TargetNetwork`` stands for its EMA.
         formulation: ``"torch"`` or ``"sutskever"``.
         decoupled_weight_decay: shrinks the parameter itself, p ← (1 − ηλ)p + …, and leaves λp out
             of d, so that the momentum does not carry it (Loshchilov and Hutter, "Decoupled weight
@@ -164,7 +165,7 @@ class SGD(torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        ema: EMA | None = None,
+        ema: EMA | TargetNetwork | None = None,
         formulation: Literal["torch", "sutskever"] = "torch",
         decoupled_weight_decay: bool = False,
         reset_grads: bool = False,
@@ -230,7 +231,7 @@ class SGD(torch.optim.SGD):
             raise ValueError("max_grad_norm clips outside the graph that differentiable needs")
         return max_norm
 
-    def _start(self, ema: EMA | None) -> None:
+    def _start(self, ema: EMA | TargetNetwork | None) -> None:
         self._plan = Plan(keeps_memory=True)
         self._clip: Clip | None = None
         # Where fused_opt.GradScaler wants to be told whether gradients are infinite, for one step.
@@ -406,10 +407,14 @@ class SGD(torch.optim.SGD):
         return self._ema
 
     @ema.setter
-    def ema(self, ema: EMA | None) -> None:
+    def ema(self, ema: EMA | TargetNetwork | None) -> None:
+        if isinstance(ema, TargetNetwork):
+            ema = ema.ema
         if ema is not None:
             if not isinstance(ema, EMA):
-                raise TypeError(f"ema: expected a fused_opt.EMA, got {type(ema).__name__}")
+                raise TypeError(
+                    "ema: expected a fused_opt.EMA or TargetNetwork, got " + type(ema).__name__
+                )
             ema._attach(self)
         if self._ema is not None and self._ema is not ema:
             self._ema._detach()
