@@ -6,7 +6,8 @@
 ``clip_grad_norm_`` clips gradients, which ``SGD(..., max_grad_norm=...)`` does without writing
 them. ``GradScaler`` is torch's without a pass of its own over the gradients. ``functional`` has the
 same kernels as plain functions, and ``schedules`` decays and learning rates that change with time.
-``post_hoc`` makes averages of any width after training.
+``post_hoc`` makes averages of any width after training, and ``lightning`` has callbacks for PyTorch
+Lightning.
 """
 
 from fused_opt import functional, schedules
