@@ -1,0 +1,40 @@
+"""The examples run, for a few steps each."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def byol(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The example as a module; what it needs may not be there."""
+    for package in ("matplotlib", "rich", "sklearn", "typer"):
+        pytest.importorskip(package)
+    if not EXAMPLES.exists():
+        pytest.skip("the tests run outside a checkout")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("byol")
+
+
+def table_of(byol: ModuleType, output: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Runs the example for 40 steps, and returns the rows that it prints."""
+    byol.main(epochs=8, batch_size=256, lr=0.3, base_decay=0.97, labels=5, seed=0, output=output)
+    return [line for line in capsys.readouterr().out.splitlines() if "%" in line and "│" in line]
+
+
+def test_byol_learns_features_and_draws_them(byol, tmp_path, capsys):
+    output = tmp_path / "new" / "byol.png"
+    _pixels, start, first, *_, last = (row.split("│") for row in table_of(byol, output, capsys))
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert float(last[2].split()[0]) > float(start[2].split()[0]) + 4  # accuracy in percent
+    assert float(last[3]) < 0.9 * float(first[3])  # loss
+    assert float(last[4]) == 1  # the target's decay at the end
+
+
+def test_byol_is_the_same_for_the_same_seed(byol, tmp_path, capsys):
+    first, second = (table_of(byol, tmp_path / "byol.png", capsys) for _ in range(2))
+    assert first == second
