@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fused_opt._hyper import check_decay
-from fused_opt.schedules import Schedule
+from fused_opt.schedules import CosineWarmup, Schedule
 
 DecayRule = float | Tensor | Schedule | Callable[[int], float]
 
@@ -19,6 +19,8 @@ def rules_of(decay: DecayRule | Sequence[DecayRule]) -> list[DecayRule]:
     if not rules:
         raise ValueError("decay: expected at least one, got none")
     for rule in rules:
+        if isinstance(rule, CosineWarmup):
+            raise ValueError(f"decay: expected a decay, got the learning rate {rule}")
         if not callable(rule):
             check_decay(rule)
     return [rule if callable(rule) or isinstance(rule, Tensor) else float(rule) for rule in rules]

@@ -144,7 +144,8 @@ def _read_diffusers(state: State, held: Held) -> Saved:
     said = {key: state[key] for key in _DIFFUSERS if key in state}
     rule, progress, origin = held.decays[0], held.progress, held.origin
     if said:
-        options = {**_DIFFUSERS, **(_diffusers_options(held, 0) or {}), **said}
+        own = {} if progress.num_copies == 0 else {"update_after_step": progress.num_copies - 1}
+        options = {**_DIFFUSERS, **(_diffusers_options(held, 0) or own), **said}
         rule, copies = _diffusers_rule(options)
         progress = progress._replace(update_after_step=copies * progress.update_every)
         origin = origin._replace(diffusers=options)
@@ -164,11 +165,12 @@ def _diffusers_rule(options: State) -> tuple[DecayRule, int]:
     """
     for key in ("decay", "min_decay"):
         check_decay(options[key])
-    lowest, after = options["min_decay"], integer(options, "update_after_step", at_least=-1)
+    at_least = 0 if options["use_ema_warmup"] else -1  # where -1 would average from k = 1 on
+    lowest, after = options["min_decay"], integer(options, "update_after_step", at_least)
     highest = max(options["decay"], lowest)
     if not options["use_ema_warmup"]:
         return tf_warmup(highest, lowest, offset=1), after + 1
-    return inverse_power(highest, options["inv_gamma"], options["power"], lowest), max(after, 0)
+    return inverse_power(highest, options["inv_gamma"], options["power"], lowest), after
 
 
 def _diffusers_options(held: Held, average: int) -> dict[str, Any] | None:
@@ -247,7 +249,11 @@ def _positions(held: Held) -> list[str]:
 
 
 def _read_averaged_model(state: State, held: Held) -> Saved:
-    progress = held.progress.after_due(integer(state, "n_averaged"))
+    """Its first update copies, of whatever decay; some schedules do so by themselves."""
+    rule = held.decays[0]
+    copies = 0 if callable(rule) and rule(0) == 0 else 1
+    progress = held.progress._replace(update_after_step=copies)
+    progress = progress.after_due(integer(state, "n_averaged"))
     return _read_module(_inside(state, "module.", ("n_averaged",)), held, progress)
 
 

@@ -20,16 +20,10 @@ _PARALLEL = (DistributedDataParallel, DataParallel)
 
 
 class Slot(NamedTuple):
-    """Where a module holds a tensor, which assignment and ``Module.to`` replace."""
+    """Where a tensor or a module is held; in a module, assignment and ``Module.to`` replace it."""
 
     holder: dict[str, Any]
     key: str
-
-    @property
-    def tensor(self) -> Tensor:
-        """What is there now."""
-        found: Tensor = self.holder[self.key]
-        return found
 
 
 class Names(NamedTuple):
@@ -37,19 +31,27 @@ class Names(NamedTuple):
 
     ``aliases`` gives each further name of a tensor its first. ``layout`` holds all names as they
     follow each other in the model's ``state_dict()``, and ``positions`` those of its parameters as
-    in ``parameters()``, which tells tensors that share their elements apart.
+    in ``parameters()``, which tells tensors that share their elements apart. ``modules`` is where
+    the modules are held that hold all this, None in an iterable, where nothing is replaced.
     """
 
-    params: dict[str, Tensor]
+    params: dict[str, Slot]
     buffers: dict[str, Slot]
     aliases: dict[str, str]
     layout: list[str]
     positions: list[str]
+    modules: list[Slot] | None = None
+
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """Where parameters and buffers are held."""
+        return {**self.params, **self.buffers}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers as they are now."""
-        return {**self.params, **{name: slot.tensor for name, slot in self.buffers.items()}}
+        """Parameters and buffers as they are now, but for those that are no longer there."""
+        found = {name: holder.get(key) for name, (holder, key) in self.slots.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def first(self, name: str) -> str:
         """The first name of what has this one."""
@@ -73,22 +75,25 @@ def named(model_or_params: ModelOrParams) -> Names:
             names.aliases[name] = first
         return first == name
 
-    def add_param(name: str, param: Tensor) -> None:
+    def add_param(name: str, param: Tensor, slot: Slot) -> None:
         names.layout.append(name)
         if id(param) not in parameters:
             parameters.add(id(param))
             names.positions.append(name)
         if is_new(name, param):
-            names.params[name] = param
+            names.params[name] = slot
 
     if not isinstance(model_or_params, nn.Module):
-        for name, tensor in pairs(model_or_params):
-            add_param(name, tensor)
+        held = dict(pairs(model_or_params))
+        for name, tensor in held.items():
+            add_param(name, tensor, Slot(held, name))
         return names
+    modules: list[Slot] = []
     for prefix, module in _modules(model_or_params):
+        modules.extend(Slot(module._modules, key) for key in module._modules)
         for key, param in module._parameters.items():
             if param is not None:
-                add_param(prefix + key, param)
+                add_param(prefix + key, param, Slot(module._parameters, key))
         for key, buffer in module._buffers.items():
             if buffer is None:
                 continue
@@ -96,7 +101,7 @@ def named(model_or_params: ModelOrParams) -> Names:
                 names.layout.append(prefix + key)
             if is_new(prefix + key, buffer):
                 names.buffers[prefix + key] = Slot(module._buffers, key)
-    return names
+    return names._replace(modules=modules)
 
 
 def pairs(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import is_ as _is
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_opt._averages import Shadow
-from fused_opt._ema_names import Names, check_match
+from fused_opt._ema_names import Names, Slot, check_match, named
 from fused_opt._hyper import HALF_DTYPES
 
 WIDER = dict.fromkeys(HALF_DTYPES, torch.float32)
@@ -43,30 +44,51 @@ class Shadows:
         old: Shadows | None = None,
     ) -> None:
         self.names = names
-        self.averaged: dict[str, tuple[Tensor, ...]] = {}
-        self.copied: dict[str, Tensor] = {}
-        known = {} if old is None else old._by_tensor()
+        self._averaged: dict[str, tuple[Tensor, ...]] = {}
+        self._copied: dict[str, Tensor] = {}
+        known = {} if old is None else old._memory()
         for name, tensor in names.tensors.items():
             _check_device(name, tensor, device)
             is_number = tensor.is_floating_point() or tensor.is_complex()
             if is_number and (name in names.params or averages_buffers):
                 wanted = _shadow_dtype(name, tensor, dtype)
-                self.averaged[name] = _memory(tensor, wanted, count, known.get(id(tensor)))
+                self._averaged[name] = _memory(tensor, wanted, count, known.get(name))
             else:
-                (self.copied[name],) = _memory(tensor, tensor.dtype, 1, known.get(id(tensor)))
-        self._buffers: list[Tensor] = []  # those that the next two were made for
-        self._rows: dict[Tensor, Shadow] = {}
-        self._to_copy: list[Tensor] = []
+                (self._copied[name],) = _memory(tensor, tensor.dtype, 1, known.get(name))
+        #: The tensors that are followed, with their shadows: tuples with several averages.
+        self.rows: dict[Tensor, Shadow] = {}
+        self._copies: list[CopyGroup] = []
+        self._slots: list[Slot] = []  # what they hold decides these two
+        self._held: list[Any] = []
+        self._module: nn.Module | None = None  # whose tensors these are
+        if old is not None and old._module is not None:
+            self.keep_in(old._module)
+        self.find(names)
 
-    def _by_tensor(self) -> dict[int, tuple[Tensor, ...]]:
-        copied = {name: (copy,) for name, copy in self.copied.items()}
-        kept = {**self.averaged, **copied}
-        return {id(tensor): kept[name] for name, tensor in self.names.tensors.items()}
+    def _memory(self) -> dict[str, tuple[Tensor, ...]]:
+        return {**self._averaged, **{name: (copy,) for name, copy in self._copied.items()}}
+
+    @property
+    def is_kept_in_module(self) -> bool:
+        """Whether they are another module's tensors, which only that may replace."""
+        return self._module is not None
+
+    @property
+    def averaged(self) -> dict[str, tuple[Tensor, ...]]:
+        """What is averaged: the shadow in each average."""
+        self._find_in_module()
+        return self._averaged
+
+    @property
+    def copied(self) -> dict[str, Tensor]:
+        """The exact copies of everything else."""
+        self._find_in_module()
+        return self._copied
 
     @property
     def home(self) -> torch.device:
         """The device of the first parameter, where steps are counted if the host does not."""
-        return next(iter(self.names.params.values())).device
+        return next(iter(self.names.tensors.values())).device
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -76,53 +98,81 @@ class Shadows:
 
     def average(self, index: int) -> dict[str, Tensor]:
         """What is averaged, and all parameters."""
+        averaged, copied = self.averaged, self.copied
         return {
-            name: self.averaged[name][index] if name in self.averaged else self.copied[name]
-            for name in self.names.tensors
-            if name in self.averaged or name in self.names.params
+            name: averaged[name][index] if name in averaged else copied[name]
+            for name in self.names.slots
+            if name in averaged or name in self.names.params
         }
 
     def everything(self, index: int) -> dict[str, Tensor]:
         """What stands for every tensor that is tracked, in one average."""
         return {**self.average(index), **self.copied}
 
-    def rows(self) -> dict[Tensor, Shadow]:
-        """The shadows by the tensors that they follow now, tuples where there are several averages.
+    def has_changed(self) -> bool:
+        """Whether the model, or the module of :meth:`keep_in`, holds something else than it did."""
+        try:
+            held = [holder[key] for holder, key in self._slots]
+        except KeyError:
+            return True
+        return not all(map(_is, held, self._held))
+
+    def find(self, names: Names) -> None:
+        """Follows what now has these names, which are those that are known.
 
         Raises:
-            ValueError: a tensor has been replaced by one of another shape.
+            ValueError: a tensor was replaced by one of another shape. Nothing has changed.
         """
-        buffers = [holder[key] for holder, key in self.names.buffers.values()]
-        known = self._buffers
-        if not self._rows or not all(map(_is, buffers, known)) or len(buffers) != len(known):
-            tensors = self.names.tensors
-            check_match("the model's tensors", tensors, self.everything(0))
-            self._buffers = buffers
-            self._rows = {
-                tensors[name]: shadows if len(shadows) > 1 else shadows[0]
-                for name, shadows in self.averaged.items()
-            }
-            self._to_copy = [tensors[name] for name in self.copied]
-        return self._rows
+        tensors, averaged, copied = names.tensors, self.averaged, dict(self.copied)
+        for name, copy in copied.items():  # such as caches that grow
+            if not self.is_kept_in_module and copy.shape != tensors[name].shape:
+                copied[name] = torch.empty_like(tensors[name])
+        shadows = {name: shadows[0] for name, shadows in averaged.items()}
+        check_match("the model's tensors", tensors, {**shadows, **copied})
+        self.names, self._copied = names, copied
+        self.rows = {
+            tensors[name]: shadows if len(shadows) > 1 else shadows[0]
+            for name, shadows in averaged.items()
+        }
+        self._copies = copy_groups(copied.values(), [tensors[name] for name in copied])
+        self._slots = _watched(names)
+        if self._module is not None:
+            self._slots += _watched(named(self._module))
+        self._held = [holder[key] for holder, key in self._slots]
 
     def copy_exactly(self, where: Tensor | None = None) -> None:
-        """Copies what is not averaged, as :meth:`rows` has found it.
+        """Copies what is not averaged.
 
         Args:
             where: a bool on a device that says whether to; None does.
         """
-        if where is None:
-            copy_all(self.copied.values(), self._to_copy)
-            return
-        for copy, source in zip(self.copied.values(), self._to_copy, strict=True):
-            torch.where(where.to(copy.device), source, copy, out=copy)
+        for targets, sources in self._copies:
+            if where is None:
+                _copy(targets, sources)
+                continue
+            is_wanted = where.reshape(()).to(targets[0].device)
+            for target, source in zip(targets, sources, strict=True):
+                torch.where(is_wanted, source.to(target.dtype), target, out=target)
 
-    def keep_in(self, names: Names) -> None:
-        """Goes on in the tensors of another model with one average, as they are."""
-        found = names.under_every_name(names.tensors)
-        self.averaged = {name: (found[name],) for name in self.averaged}
-        self.copied = {name: found[name] for name in self.copied}
-        self._rows = {}
+    def keep_in(self, module: nn.Module) -> None:
+        """Goes on in the tensors of a module like the model, as they are, now and later.
+
+        Raises:
+            ValueError: it has other names or shapes.
+        """
+        expected = {name: tensors[0] for name, tensors in self._memory().items()}
+        check_match("the averages' module", _tensors_in(module, expected), expected)
+        self._module = module
+
+    def _find_in_module(self) -> None:
+        """Takes the module's tensors as they are now."""
+        if self._module is None:
+            return
+        known = self._memory()
+        found = _tensors_in(self._module, known)
+        check_match("the averages' module", found, {name: known[name][0] for name in known})
+        self._averaged = {name: (found[name],) for name in self._averaged}
+        self._copied = {name: found[name] for name in self._copied}
 
     def follow(self, names: Iterable[str]) -> None:
         """Copies tensors by name, as they are now, also what is averaged."""
@@ -132,15 +182,41 @@ class Shadows:
                 kept.copy_(tensors[name])
 
 
+#: Tensors of one dtype, and those of one dtype to copy into them.
+CopyGroup = tuple[list[Tensor], list[Tensor]]
+
+
+def copy_groups(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> list[CopyGroup]:
+    """Sorts tensors to be copied so that one call can copy those of a group.
+
+    ``torch._foreach_copy_`` takes targets of several dtypes, and some releases then write wrong
+    numbers on CUDA; DTensor cannot copy lists, and is alone.
+    """
+    groups: dict[Any, CopyGroup] = {}
+    for target, source in zip(targets, sources, strict=True):
+        plain = all(
+            type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+            for tensor in (target, source)
+        )
+        alike = (target.dtype, source.dtype, target.device, source.device)
+        into, out_of = groups.setdefault(alike if plain else id(target), ([], []))
+        into.append(target)
+        out_of.append(source)
+    return list(groups.values())
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies the tensors of a group."""
+    if len(targets) == 1:
+        targets[0].copy_(sources[0])
+    else:
+        torch._foreach_copy_(targets, sources)
+
+
 def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
     """Copies tensors into others in as few calls as torch can, without taking memory."""
-    into, out_of = list(targets), list(sources)
-    if all(type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ for t in (*into, *out_of)):
-        if into:
-            torch._foreach_copy_(into, out_of)
-        return
-    for target, source in zip(into, out_of, strict=True):  # DTensor cannot copy lists
-        target.copy_(source)
+    for group in copy_groups(targets, sources):
+        _copy(*group)
 
 
 def fits(memory: Tensor | None, tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -148,6 +224,18 @@ def fits(memory: Tensor | None, tensor: Tensor, dtype: torch.dtype) -> bool:
     if memory is None or memory.dtype != dtype:
         return False
     return memory.shape == tensor.shape and memory.device == tensor.device
+
+
+def _watched(names: Names) -> list[Slot]:
+    """Everything that a model may replace."""
+    return [] if names.modules is None else [*names.slots.values(), *names.modules]
+
+
+def _tensors_in(module: nn.Module, wanted: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of a module that have these names."""
+    names = named(module)
+    found = names.under_every_name(names.tensors)
+    return {name: found[name] for name in wanted if name in found}
 
 
 def _memory(

@@ -234,18 +234,22 @@ class EMA:
 
         Raises:
             ValueError: as the constructor. Nothing has changed.
+            RuntimeError: the averages are the parameters of a ``TargetNetwork``.
         """
         to_device, to_dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         device, dtype = _full_device(to_device) or self._device, to_dtype or self._dtype
-        moved = self._new_shadows(self._kept.names, dtype, device)
+        if self._kept.is_kept_in_module:
+            raise RuntimeError("to: these averages are a module's parameters; convert the module")
+        moved = self._new_shadows(self._kept.names, dtype, device, self._kept)
         for new, old in zip(moved.tensors, self._kept.tensors, strict=True):
             new.copy_(old)
         self._kept, self._device, self._dtype = moved, device, dtype
         return self
 
     def _keep_in(self, module: nn.Module) -> None:
-        """Makes the tensors of a module like the model the shadows and copies, as they are."""
-        self._kept.keep_in(named(module))
+        """Makes the tensors of a module like the model the shadows and copies, now and later."""
+        self._kept.keep_in(module)
+        self._kept.find(self._kept.names)
 
     def _new_shadows(
         self,
@@ -260,23 +264,29 @@ class EMA:
     def _tracked(self, found: Names) -> Names:
         """What of a model is averaged or copied."""
         params = {
-            name: param
-            for name, param in found.params.items()
-            if self._filter is None or self._filter(name, param)
+            name: slot
+            for name, slot in found.params.items()
+            if self._filter is None or self._filter(name, slot.holder[slot.key])
         }
         buffers = {} if self._buffers == "ignore" else found.buffers
         return found._replace(params=params, buffers=buffers)
 
-    def _require_all_tracked(self, what: str) -> None:
-        """A parameter that the model has gained or replaced would silently not be averaged."""
-        now, known = self._tracked(named(self._source)).params, self._kept.names.params
-        gained = [name for name, param in now.items() if known.get(name) is not param]
-        lost = [name for name, param in known.items() if now.get(name) is not param]
+    def _follow_model(self, what: str) -> None:
+        """Follows what the model now has under the names that are tracked.
+
+        A parameter that it has gained would silently not be averaged.
+        """
+        now, known = named(self._source), self._kept.names
+        gained = [name for name in now.params if name not in known.layout]
+        lost = [name for name in known.slots if name not in now.slots]
         if gained or lost:
             raise RuntimeError(
                 f"{what}: the model has other parameters than the EMA tracks; gained {gained}, "
                 f"lost {lost}; call register()"
             )
+        params = {name: now.params[name] for name in known.params}
+        buffers = {name: now.buffers[name] for name in known.buffers}
+        self._kept.find(now._replace(params=params, buffers=buffers))
 
     # --- the update -------------------------------------------------------------------------------
 
@@ -310,7 +320,9 @@ class EMA:
         Args:
             left_to_device: a device counts the step, where it finds it taken or repeats it.
         """
-        rows, home = self._kept.rows(), self._home()
+        if self._kept.has_changed():
+            self._follow_model("update")
+        rows, home = self._kept.rows, self._home()
         if home.type == "cuda" and (left_to_device or self._gpu_counts):
             return self._averages_by_gpu(rows, home)
         progress = Progress(self._updates.on_host, self._update_every, self._update_after_step)
@@ -383,7 +395,7 @@ class EMA:
             IndexError: there is no such average.
         """
         self._require_not_applied("apply_shadow")
-        self._require_all_tracked("apply_shadow")
+        self._follow_model("apply_shadow")
         weights, shadows = self._kept.names.tensors, self._kept.everything(self._index(average))
         check_match("apply_shadow", weights, shadows)
         self._keep_aside(weights)
@@ -450,7 +462,7 @@ class EMA:
         """
         if model_or_params is None:
             self._require_not_applied("copy_to")
-            self._require_all_tracked("copy_to")
+            self._follow_model("copy_to")
             model_or_params = self._source
         shadows, targets = self._kept.everything(self._index(average)), named(model_or_params)
         targets = self._tracked(targets)
@@ -578,7 +590,7 @@ class EMA:
 
     def _held(self, what: str) -> Held:
         """Everything that a state can say."""
-        self._require_all_tracked(what)
+        self._follow_model(what)
         kept, names = self._kept, named(self._source)
         weights = {name: tensor.detach() for name, tensor in names.tensors.items()}
         if self._applied is not None:
@@ -609,7 +621,7 @@ class EMA:
             kept.follow(weights.keys() - saved.averages[0].keys() - saved.copied.keys())
         for i, rule in enumerate(saved.decays):
             known = self._decays[i]
-            if isinstance(known, Tensor) and isinstance(rule, float):
+            if isinstance(known, Tensor) and known.is_floating_point() and isinstance(rule, float):
                 known.fill_(rule)
             elif rule is not None:
                 self._decays[i] = rule

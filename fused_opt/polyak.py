@@ -73,8 +73,9 @@ class _Tensors:
         self.buffers: dict[str, Tensor] = {}
         if isinstance(tensors, nn.Module):
             names = named(tensors)
-            self.params = names.params
-            self.buffers = {name: names.tensors[name] for name in names.buffers}
+            found = names.tensors
+            self.params = {name: found[name] for name in names.params}
+            self.buffers = {name: found[name] for name in names.buffers}
             return
         if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
             raise TypeError(

@@ -104,8 +104,7 @@ class TargetNetwork(nn.Module):
             raise ValueError(f"decay: expected one for a target network, got {decay!r}")
         self.module = _twin(online, dtype)
         self.training = online.training
-        _link(self)
-        self.register_load_state_dict_post_hook(_link)  # type: ignore[no-untyped-call]
+        self.ema._keep_in(self.module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the averaged copy."""
@@ -138,13 +137,7 @@ class TargetNetwork(nn.Module):
             return moved
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        _link(self)
         return self
-
-
-def _link(target: TargetNetwork, _: Any = None) -> None:
-    """Lets the EMA keep its averages in the parameters that the target has now."""
-    target.ema._keep_in(target.module)
 
 
 def _unwrapped(online: nn.Module) -> nn.Module:

@@ -357,9 +357,9 @@ def test_a_buffer_that_was_replaced_is_followed(buffers):
     assert model.running_mean.tolist() == [4.0, 6.0]
 
 
-def test_a_buffer_replaced_by_one_of_another_shape_is_refused_before_anything_changes():
+def test_an_averaged_buffer_of_another_shape_is_refused_before_anything_changes():
     model = nn.BatchNorm1d(1)  # whose tensors would broadcast
-    ema = EMA(model, 0.5)
+    ema = EMA(model, 0.5, buffers="average")
     with torch.no_grad():
         model.weight.fill_(9.0)
     model.running_mean = torch.zeros(3)
@@ -368,6 +368,53 @@ def test_a_buffer_replaced_by_one_of_another_shape_is_refused_before_anything_ch
             call()
     assert ema.shadows["weight"].item() == 1.0
     assert ema.num_steps == 0
+
+
+def test_a_copied_buffer_may_grow():
+    model = nn.BatchNorm1d(1)
+    model.register_buffer("cache", torch.zeros(2))
+    ema = EMA(model, 0.5)
+    model.cache = torch.arange(5.0)
+    ema.update()
+    model.cache.zero_()
+    with ema.average_parameters():
+        assert model.cache.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert model.cache.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("change", ["deleted", "None"])
+def test_a_buffer_that_is_gone_is_listed_until_it_is_registered(change):
+    model = nn.BatchNorm1d(1)
+    ema = EMA(model, 0.5)
+    if change == "deleted":
+        del model.running_mean
+    else:
+        model.running_mean = None
+    for call in (ema.update, ema.apply_shadow, ema.state_dict):
+        with pytest.raises(RuntimeError, match=r"lost \['running_mean'\]"):
+            call()
+    assert ema.num_steps == 0
+    ema.register()
+    ema.update()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, F32), (F32, torch.bfloat16)])
+def test_weights_of_several_dtypes_are_never_copied_in_one_call(dtypes, monkeypatch):
+    """Some releases of torch take the first one's dtype for all on CUDA."""
+    calls = []
+    original = torch._foreach_copy_
+
+    def recorded(into, out_of):
+        calls.append(({t.dtype for t in into}, {t.dtype for t in out_of}))
+        original(into, out_of)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", recorded)
+    params = [nn.Parameter(torch.full((3,), i + 0.5, dtype=dtypes[i // 2])) for i in range(4)]
+    ema = EMA(params, 0.5)
+    with ema.average_parameters():
+        assert [p.tolist() for p in params] == [[i + 0.5] * 3 for i in range(4)]
+    assert calls
+    assert all(len(into) == len(out_of) == 1 for into, out_of in calls)
 
 
 def test_an_iterable_of_tensors_has_no_buffers():
@@ -562,10 +609,6 @@ def gain(model: nn.Module) -> None:
     model.extra = nn.Linear(1, 1)
 
 
-def replace(model: nn.Module) -> None:
-    model.low = nn.Linear(4, 3)
-
-
 def lose(model: nn.Module) -> None:
     del model.low
 
@@ -574,7 +617,6 @@ def lose(model: nn.Module) -> None:
     ("change", "message"),
     [
         (gain, r"gained \['extra.weight', 'extra.bias'\], lost \[\]"),
-        (replace, r"gained \['low.weight', 'low.bias'\], lost \['low.weight', 'low.bias'\]"),
         (lose, r"gained \[\], lost \['low.weight', 'low.bias'\]"),
     ],
 )
@@ -595,6 +637,68 @@ def test_parameters_that_the_model_gained_or_lost_are_listed_until_it_is_registe
     assert list(ema.shadows) == [name for name, _ in model.named_parameters()]
     ema.update()
     ema.apply_shadow()
+
+
+def assign(model: nn.Module) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def replace_parameter(model: nn.Module) -> None:
+    model.low.weight = nn.Parameter(torch.zeros_like(model.low.weight))
+
+
+def replace_module(model: nn.Module) -> None:
+    model.low = copy.deepcopy(model.low)
+
+
+@pytest.mark.parametrize("change", [assign, replace_parameter, replace_module])
+@pytest.mark.parametrize("attached", [False, True])
+def test_what_the_model_has_replaced_is_followed_under_its_name(change, attached):
+    model = Net()
+    ema = EMA(model, 0.5)
+    before = copied(ema.shadows)
+    pointers = {name: shadow.data_ptr() for name, shadow in ema.shadows.items()}
+    change(model)
+    train(model, 1)
+    if attached:
+        params = list({p.data_ptr(): p for p in reversed(list(model.parameters()))}.values())
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        SGD(params, lr=0.1, ema=ema).step()
+    else:
+        ema.update()
+    for name, p in model.named_parameters():
+        if name in before and p.requires_grad and p.dtype == F32:
+            expected = (before[name].double() + p.detach().double()) / 2
+            torch.testing.assert_close(ema.shadows[name].double(), expected, rtol=1e-6, atol=1e-7)
+    assert pointers == {name: shadow.data_ptr() for name, shadow in ema.shadows.items()}
+    with ema.average_parameters():
+        low = model.low.weight
+        assert torch.equal(low, ema.shadows["low.weight"].to(low.dtype))
+
+
+def test_a_replaced_parameter_of_another_shape_is_refused():
+    model = Net()
+    ema = EMA(model, 0.5)
+    model.low.weight = nn.Parameter(torch.zeros(1))
+    for call in (ema.update, ema.apply_shadow, ema.state_dict):
+        with pytest.raises(ValueError, match=r"'low.weight', got shape \(1,\)"):
+            call()
+    assert ema.num_steps == 0
+
+
+def test_a_learning_rate_is_no_decay():
+    with pytest.raises(ValueError, match="expected a decay, got the learning rate"):
+        EMA(Net(), schedules.CosineWarmup(10, base_lr=0.1))
+
+
+def test_a_filter_is_asked_once_for_each_parameter():
+    model = Net()
+    ema = EMA(model, 0.5, filter=lambda _, p: p.requires_grad)
+    tracked = list(ema.shadows)
+    model.requires_grad_(False)
+    ema.update()
+    assert list(ema.state_dict()["averages"][0]) == tracked
 
 
 # --- inside the optimizer's step ------------------------------------------------------------------

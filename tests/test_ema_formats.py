@@ -376,10 +376,11 @@ def test_several_averages_are_exported_one_by_one_and_loaded_from_our_own_format
 @pytest.mark.parametrize("updates", [0, 1, 5, 100])
 def test_torch_emas_count_has_the_update_in_it(updates):
     """min(decay, (1 + n) / (10 + n)), where the n of the first update is 1."""
-    ema = EMA([nn.Parameter(torch.zeros(1, dtype=F64))], 0.1)
+    param = nn.Parameter(torch.zeros(1, dtype=F64))
+    ema = EMA([param], 0.1)
     state = {"decay": 0.99, "num_updates": updates, "collected_params": None}
     ema.load_state_dict({**state, "shadow_params": [torch.zeros(1, dtype=F64)]})
-    ema._kept.names.params["0"].data.fill_(1.0)
+    param.data.fill_(1.0)
     ema.update()
     n = updates + 1
     assert ema.shadows["0"].item() == pytest.approx(1 - min(0.99, (1 + n) / (10 + n)), abs=1e-15)
@@ -595,7 +596,16 @@ DAMAGES = [
     ("torch_ema", lambda state: state.update(collected_params=[torch.ones(1)]), "collected_params"),
     ("diffusers", lambda state: state.update(decay=1.5), "decay"),
     ("diffusers", lambda state: state.update(min_decay=-1.0), "decay"),
-    ("diffusers", lambda state: state.update(use_ema_warmup=True, power=-1.0), "power"),
+    (
+        "diffusers",
+        lambda state: state.update(use_ema_warmup=True, update_after_step=0, power=-1.0),
+        "power",
+    ),
+    (
+        "diffusers",
+        lambda state: state.update(use_ema_warmup=True, update_after_step=-1),
+        "update_after_step.*at least 0",
+    ),
     ("diffusers", lambda state: state.update(gamma=1.0), "keys of fused_opt, torch_ema"),
     ("averaged_model", lambda state: state.update(other=torch.zeros(1)), "'module.'.*'other'"),
 ]
@@ -683,3 +693,31 @@ def test_a_list_of_parameters_has_the_order_of_the_list():
     ema = EMA(list(model.parameters()))
     ema.load_state_dict(state)
     assert_same_state(ema.export_state_dict("torch_ema"), state)
+
+
+# --- what the constructor says beside a state -----------------------------------------------------
+
+
+@pytest.mark.parametrize("updates", [0, 1, 5])
+@pytest.mark.parametrize("equal", [False, True])
+def test_averaged_models_first_update_copies_and_no_later_one(updates, equal):
+    rule = schedules.equal() if equal else 0.9
+    average = get_swa_multi_avg_fn() if equal else get_ema_multi_avg_fn(0.9)
+    model = nn.Linear(1, 1, bias=False).double()
+    theirs = AveragedModel(model, multi_avg_fn=average)
+    for step in range(updates):
+        model.weight.data.fill_(1.0 + step)
+        theirs.update_parameters(model)
+    ours = EMA(model, rule, update_after_step=100)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for step in range(3):
+        model.weight.data.fill_(50.0 + step)
+        theirs.update_parameters(model)
+        ours.update()
+        torch.testing.assert_close(ours.shadows["weight"], theirs.module.weight.data)
+
+
+def test_a_partial_state_of_diffusers_keeps_the_constructors_start():
+    ema = EMA([torch.zeros(1)], schedules.power_function(0.1), update_after_step=50)
+    ema.load_state_dict({"optimization_step": 10, "decay": 0.99})
+    assert ema.state_dict()["update_after_step"] == 50

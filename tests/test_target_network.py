@@ -532,3 +532,76 @@ def test_soft_q_targets_agree_with_polyak_update():
         polyak_update_(plain, critic, 0.005)
     for t, p in zip(target.parameters(), plain.parameters(), strict=True):
         assert_same_bits(t.detach(), p.detach())
+
+
+# --- what is replaced ----------------------------------------------------------------------------
+
+
+def assign(module: nn.Module) -> None:
+    module.load_state_dict(copy.deepcopy(module.state_dict()), assign=True)
+
+
+def replace(module: nn.Sequential) -> None:
+    module[0] = copy.deepcopy(module[0])
+
+
+@pytest.mark.parametrize("change", [assign, replace])
+@pytest.mark.parametrize("side", ["online", "target"])
+@pytest.mark.parametrize("attached", [False, True])
+def test_the_target_moves_on_after_tensors_were_replaced(change, side, attached):
+    online = make_model()
+    target = TargetNetwork(online, decay=0.5)
+    change(online if side == "online" else target.module)
+    before, counter = copies(target.module), online[1].num_batches_tracked
+    perturb(online, 3)
+    if attached:
+        SGD(online.parameters(), lr=0.1, ema=target).step()  # without gradients
+    else:
+        target.update()
+    for name, p in online.named_parameters():
+        assert_ema_update(0.5, before[name], p, target.module.get_parameter(name).detach())
+    assert target.module[1].num_batches_tracked == counter == 1
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_both_networks_may_be_loaded_by_assignment(order):
+    online = make_model()
+    pair = (online, TargetNetwork(online, decay=0.5))
+    both = nn.ModuleList([pair[i] for i in order])
+    pair[1].update()
+    state = copy.deepcopy(both.state_dict())
+    pair[1].update()
+    both.load_state_dict(state, assign=True)
+    assert pair[1].ema.num_updates == 1
+    assert_follows(pair[1], online)
+
+
+def test_other_dtypes_of_the_online_network_are_followed():
+    online = make_model()
+    target = TargetNetwork(online, decay=0.5)
+    online.double()
+    target.ema.register()
+    assert_same_bits(target.module[0].weight.detach(), online[0].weight.detach().float())
+    before = copies(target.module)
+    with torch.no_grad():
+        online[0].weight.add_(1.0)
+    target.update()
+    torch.testing.assert_close(target.module[0].weight.detach(), before["0.weight"] + 0.5)
+
+
+def test_its_averages_are_converted_with_the_module_alone():
+    online = make_model().to(BF16)
+    target = TargetNetwork(online, decay=0.5, dtype=BF16)
+    with pytest.raises(RuntimeError, match="convert the module"):
+        target.ema.to(F32)
+    target.module.float()
+    assert_follows(target, online)
+    assert target.ema.shadows["0.weight"] is target.module[0].weight
+    assert target.module[1].running_mean.dtype == F32
+
+
+def test_a_part_that_the_target_has_lost_is_an_error():
+    target = TargetNetwork(make_model())
+    target.module[0] = nn.Identity()
+    with pytest.raises(ValueError, match=r"averages' module.*missing.*'0.weight'"):
+        target.update()
