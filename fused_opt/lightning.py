@@ -74,15 +74,26 @@ class _AveragingCallback(Callback):
             self._has_stepped = False
             self._ema.update()
 
-    def on_train_end(self, *_: Any) -> None:
-        """Leaves the optimizers."""
+    def _leave_optimizers(self) -> None:
         for leave in self._leave:
             leave()
         self._leave = []
 
+    def on_train_end(self, *_: Any) -> None:
+        """Leaves the optimizers."""
+        self._leave_optimizers()
+
+    def on_fit_end(self, *_: Any) -> None:
+        """Does so where there was nothing to train on, and training neither began nor ended."""
+        self.on_train_end()
+
     def on_exception(self, *_: Any) -> None:
         """Leaves the optimizers."""
-        _AveragingCallback.on_train_end(self)
+        self._leave_optimizers()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Leaves the optimizers also where Lightning's tuner has stopped before training."""
+        self._leave_optimizers()
 
 
 class TargetNetworkCallback(_AveragingCallback):
@@ -108,17 +119,34 @@ class TargetNetworkCallback(_AveragingCallback):
     def __init__(self, name: str = "target") -> None:
         super().__init__()
         self._name = name
+        self._old_home: SGD | None = None  # whose steps moved the target before this fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Frees the target for the optimizer that ``configure_optimizers`` makes for this fit."""
+        target = self._find(pl_module)
+        self._old_home = None
+        if stage == "fit" and target is not None and target.ema.optimizer is not None:
+            self._old_home = target.ema.optimizer
+            self._old_home.ema = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the target."""
-        target = dict(pl_module.named_modules()).get(self._name)
-        if not isinstance(target, TargetNetwork):
+        target, home = self._find(pl_module), self._old_home
+        self._old_home = None
+        if target is None:
             found = [n for n, m in pl_module.named_modules() if isinstance(m, TargetNetwork)]
             raise ValueError(
                 f"TargetNetworkCallback: expected a TargetNetwork as {self._name!r} of the "
                 f"{type(pl_module).__name__}, which has {found}"
             )
+        is_free = target.ema.optimizer is None
+        if is_free and home is not None and home.ema is None and home in trainer.optimizers:
+            home.ema = target  # configure_optimizers has made none, but returned this one again
         self._follow(target.ema, trainer, pl_module)
+
+    def _find(self, pl_module: LightningModule) -> TargetNetwork | None:
+        found = dict(pl_module.named_modules()).get(self._name)
+        return found if isinstance(found, TargetNetwork) else None
 
 
 class EMACallback(_AveragingCallback):
@@ -159,7 +187,8 @@ class EMACallback(_AveragingCallback):
                 f"decay: expected one, since a checkpoint has one average, got {decay}"
             )
         self._options: dict[str, Any] = {"decay": decay, **ema_options}
-        self._is_applied = False
+        self._is_validating = False  # with the averages in the place of the weights
+        self._is_over = False  # the training, with the averages left there
         self._checkpoint: dict[str, Any] | None = None  # to resume from, once there is an EMA
 
     @property
@@ -172,7 +201,8 @@ class EMACallback(_AveragingCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets the last training."""
         if stage == "fit":
-            self._ema, self._is_applied, self._checkpoint = None, False, None
+            self._ema, self._checkpoint = None, None
+            self._is_validating = self._is_over = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts from the weights as they are, where they are; or from a checkpoint."""
@@ -184,27 +214,25 @@ class EMACallback(_AveragingCallback):
         """Puts the averages in the place of the weights."""
         if self._ema is not None and trainer.state.fn == "fit":
             self._ema.apply_shadow()
-            self._is_applied = True
+            self._is_validating = True
 
-    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_end(self, *_: Any) -> None:
         """Puts the weights back."""
-        if self._ema is not None and trainer.state.fn == "fit":
+        if self._ema is not None and self._is_validating:
             self._ema.restore()
-            self._is_applied = False
+            self._is_validating = False
 
     def on_train_end(self, *_: Any) -> None:
         """Leaves the averages in the place of the weights, and keeps these for checkpoints."""
         super().on_train_end()
-        if self._ema is not None:
+        if self._ema is not None and not self._is_over:
             self._ema.apply_shadow()
-            self._is_applied = True
+            self._is_over = True
 
     def on_exception(self, *_: Any) -> None:
         """Puts the weights back if validation was interrupted."""
         super().on_exception()
-        if self._ema is not None and self._is_applied:
-            self._ema.restore()
-            self._is_applied = False
+        self.on_validation_end()
 
     # --- checkpoints ------------------------------------------------------------------------------
 

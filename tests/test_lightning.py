@@ -295,6 +295,61 @@ def test_an_error_after_another_training_is_not_hidden(tmp_path):
         fit(tmp_path, Failing(), callback, num_sanity_val_steps=0)
 
 
+class FailingToTest(Module):
+    def on_test_start(self) -> None:
+        raise KeyError("the test fails")
+
+    def on_fit_end(self) -> None:
+        if self.fails_at == 0:
+            raise KeyError("the end fails")
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_an_error_after_training_leaves_the_averages(tmp_path, other):
+    module, callback = Module(), EMACallback(decay=DECAY)
+    trainer = fit(tmp_path, module, callback)
+    averages = weights_of(module)
+    failing = FailingToTest()
+    if not other:
+        failing, module.on_test_start = module, failing.on_test_start  # type: ignore[method-assign]
+    with pytest.raises(KeyError, match="the test fails"):
+        trainer.test(failing, verbose=False)
+    assert_same(weights_of(module), averages)
+
+
+def test_an_error_when_all_has_ended_leaves_the_averages(tmp_path):
+    module = FailingToTest(fails_at=0)
+    start = weights_of(module)
+    with pytest.raises(KeyError, match="the end fails"):
+        fit(tmp_path, module, EMACallback(decay=DECAY), num_sanity_val_steps=0)
+    assert_near(weights_of(module), expected_average(start, module.weights))
+
+
+@pytest.mark.parametrize("nothing", [{"max_epochs": 0}, {"limit_train_batches": 0}])
+def test_training_that_has_nothing_to_do_ends_too(tmp_path, nothing):
+    module, callback = WithTarget(), EMACallback(decay=DECAY)
+    for callbacks in ([callback], [TargetNetworkCallback()]):
+        trainer = fit(tmp_path, module, *callbacks, **nothing)
+        assert all(optimizer.ema is None for optimizer in trainer.optimizers)
+    assert callback.ema.optimizer is None
+    assert module.target.ema.optimizer is None
+
+
+def test_training_that_had_ended_before_it_was_resumed_has_the_averages(tmp_path):
+    whole, again = Module(), Module()
+    fit(tmp_path, whole, EMACallback(decay=DECAY)).save_checkpoint(tmp_path / "end.ckpt")
+    trainer = fit(tmp_path, again, EMACallback(decay=DECAY), ckpt=tmp_path / "end.ckpt")
+    assert again.weights == []
+    assert_same(weights_of(again), weights_of(whole))
+    assert trainer.optimizers[0].ema is None
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    first, second = (
+        torch.load(tmp_path / f"{name}.ckpt", weights_only=False) for name in ("end", "again")
+    )
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        assert_same(second[key], first[key])
+
+
 def test_a_second_training_starts_from_what_the_module_holds(tmp_path):
     module, callback = Module(), EMACallback(decay=1.0)
     start = weights_of(module)
@@ -545,6 +600,35 @@ def test_a_target_that_rides_in_the_modules_optimizer_is_left_there(tmp_path):
     trainer = fit(tmp_path, module, TargetNetworkCallback())
     assert module.target.ema.num_steps == BATCHES
     assert trainer.optimizers[0].ema is module.target.ema
+
+
+def test_a_target_rides_in_the_new_optimizer_of_a_second_training(tmp_path):
+    module = WithTarget(lambda params: SGD(params, lr=0.1, ema=module.target))
+    trainer = fit(tmp_path, module, TargetNetworkCallback())
+    first = trainer.optimizers[0]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module)
+    assert first.ema is None
+    assert trainer.optimizers[0].ema is module.target.ema
+    assert module.target.ema.num_steps == 2 * BATCHES
+
+
+def test_a_target_stays_in_an_optimizer_that_is_kept(tmp_path):
+    class Keeping(TwoOptimizers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.target = TargetNetwork(self.net, decay=DECAY)
+            self.kept = super().configure_optimizers()
+            self.kept[1].ema = self.target
+
+        def configure_optimizers(self) -> Any:
+            return self.kept
+
+    module = Keeping()
+    for count in (2, 4):  # of the steps of the second optimizer
+        fit(tmp_path, module, TargetNetworkCallback())
+        assert module.target.ema.num_steps == count
+        assert module.kept[1].ema is module.target.ema
 
 
 def test_a_target_resumes_exactly_from_a_checkpoint(tmp_path):

@@ -280,7 +280,8 @@ def test_numbers_of_numpy_become_builtin_ones() -> None:
 
 def test_native_evaluation_refuses_what_it_does_not_know() -> None:
     for kind, parameters, k in ((-1, [], 0), (9, [], 0), (0, [0.5] * 6, 0), (0, [0.5], -1)):
-        with pytest.raises(ValueError, match="expected (a kind of schedule, and its parameters|k >= 0)"):
+        expected = r"expected (a kind of schedule, and its parameters|k >= 0)"
+        with pytest.raises(ValueError, match=expected):
             _C.evaluate_schedule(kind, parameters, k)
 
 
