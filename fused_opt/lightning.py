@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fused_opt._decay_rules import DecayRule
-from fused_opt._ema_names import named, named_as
+from fused_opt._ema_names import Names, named, named_as
 from fused_opt.ema import EMA
 from fused_opt.sgd import SGD
 from fused_opt.target_network import TargetNetwork
@@ -23,12 +23,14 @@ from fused_opt.target_network import TargetNetwork
 try:
     try:
         from lightning.pytorch import Callback, LightningModule, Trainer
+        from lightning.pytorch.utilities import rank_zero_warn
     except ModuleNotFoundError:
         from pytorch_lightning import (  # type: ignore[assignment]
             Callback,
             LightningModule,
             Trainer,
         )
+        from pytorch_lightning.utilities import rank_zero_warn
 except ImportError as error:
     raise ImportError(
         "fused_opt.lightning needs PyTorch Lightning: pip install 'fused_opt[lightning]'"
@@ -149,6 +151,21 @@ class TargetNetworkCallback(_AveragingCallback):
         return found if isinstance(found, TargetNetwork) else None
 
 
+class _ModuleEMA(EMA):
+    """Leaves out the target networks of a module, which are averages themselves."""
+
+    def _tracked(self, found: Names) -> Names:
+        tracked, names = super()._tracked(found), named(self._source)
+        modules = self._source.modules() if isinstance(self._source, nn.Module) else ()
+        targets = [module for module in modules if isinstance(module, TargetNetwork)]
+        own = {id(t) for target in targets for t in (*target.parameters(), *target.buffers())}
+        left_out = {name for name, tensor in names.tensors.items() if id(tensor) in own}
+        return tracked._replace(
+            params={name: p for name, p in tracked.params.items() if name not in left_out},
+            buffers={name: b for name, b in tracked.buffers.items() if name not in left_out},
+        )
+
+
 class EMACallback(_AveragingCallback):
     """Averages the weights of the module, and validates, tests and saves the averages.
 
@@ -158,13 +175,19 @@ class EMACallback(_AveragingCallback):
     that a ``GradScaler`` skips do not count.
 
     While the module is validated it holds the averages, and once training has ended it keeps them,
-    so that it is tested with them too. Checkpoints are laid out as those of Lightning's own
+    so that it is tested with them too. Buffers that change while it is validated are then put back
+    with the weights. A :class:`fused_opt.TargetNetwork` in the module is an average itself: it is
+    not averaged again, but validated and saved as it is.
+
+    Checkpoints are laid out as those of Lightning's own
     ``WeightAveraging``: ``state_dict`` has the averages, ``current_model_state`` the weights, and
     ``averaging_state`` the number of updates; either callback loads the other's. Training that is
     resumed from one goes on as if it had not stopped, also from one saved after the end.
 
-    Checkpoints that are saved with ``save_weights_only`` hold the module as it is, which callbacks
-    cannot change. Strategies that shard the module are not supported.
+    Checkpoints that are saved with ``save_weights_only`` hold the module as it is, during training
+    without the averages, which callbacks cannot change; there is a warning of it. So do those of
+    another module, or of one that has been given other weights after training. Strategies that
+    shard the module are not supported.
 
     Args:
         decay: as of :class:`fused_opt.EMA`, for one average.
@@ -199,14 +222,15 @@ class EMACallback(_AveragingCallback):
     # --- training and validation ------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets the last training."""
+        """Forgets the last training, and warns of checkpoints that will lack the averages."""
         if stage == "fit":
+            _warn_of_weights_only(trainer)
             self._ema, self._checkpoint = None, None
             self._is_validating = self._is_over = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts from the weights as they are, where they are; or from a checkpoint."""
-        ema = EMA(pl_module, **self._options)
+        ema = _ModuleEMA(pl_module, **self._options)
         self._resume(ema, pl_module)
         self._follow(ema, trainer, pl_module)
 
@@ -244,10 +268,10 @@ class EMACallback(_AveragingCallback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Saves the averages as the module's state, and the weights beside them."""
-        if self._ema is None:
-            return
+        averages = {} if self._ema is None else _averages_of(self._ema, pl_module)
+        if self._ema is None or not averages.keys() >= self._ema._kept.names.params.keys():
+            return  # it has other weights than this has averaged
         state, module_state = self._ema.state_dict(), checkpoint["state_dict"]
-        averages = {**state["averages"][0], **state["buffers"]}
         weights = state.get("weights", {})  # kept aside while the averages are in their place
         num_averaged = -(-state["num_steps"] // state["update_every"])
         checkpoint["state_dict"] = _with_tensors(module_state, averages, pl_module)
@@ -282,6 +306,31 @@ class EMACallback(_AveragingCallback):
         state["num_steps"] = num_averaged * state["update_every"]
         state.update(checkpoint["callbacks"].get(self.state_key, {}))
         ema.load_state_dict(state)
+
+
+def _warn_of_weights_only(trainer: Trainer) -> None:
+    if any(getattr(saver, "save_weights_only", False) for saver in trainer.checkpoint_callbacks):
+        rank_zero_warn(
+            "EMACallback: a checkpoint callback has save_weights_only=True; what it saves during "
+            "training are the weights, not their averages, as Lightning then asks no callback"
+        )
+
+
+def _averages_of(ema: EMA, module: nn.Module) -> dict[str, Tensor]:
+    """The averages of a module's tensors; while they are applied, of those that still hold them."""
+    averages, now = ema._kept.everything(0), named(module).tensors
+    if ema._source is not module:
+        return {}
+    if ema._applied is None:
+        return averages
+    return {name: t for name, t in averages.items() if name in now and _holds(now[name], t)}
+
+
+@torch.no_grad()
+def _holds(weight: Tensor, average: Tensor) -> bool:
+    if weight.shape != average.shape:
+        return False
+    return torch.allclose(weight, average.to(weight), rtol=0, atol=0, equal_nan=True)
 
 
 def _named_tensors(state_dict: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
