@@ -486,7 +486,8 @@ class CosineWarmup(Schedule):
     def scheduler(self, optimizer: Optimizer, last_epoch: int = -1) -> LRScheduler:
         """Returns a scheduler of torch that sets the lr of an optimizer.
 
-        A param group whose lr is c times ``base_lr`` gets c times the schedule. An lr that is a
+        A param group whose lr is c times ``base_lr`` gets c times the schedule, from the next step
+        of the scheduler on also one that is added later. An lr that is a
         tensor is filled in place, without waiting for its device. The scheduler's ``state_dict``
         holds this schedule too, and can be loaded with ``weights_only=True``.
 
@@ -517,7 +518,16 @@ class _CosineWarmupLR(LRScheduler):
             )
         lr = self.schedule(self.last_epoch)
         # In this order: a group that starts at base_lr gets the schedule to the last bit.
-        return [base_lr / self.schedule.base_lr * lr for base_lr in self.base_lrs]
+        return [base_lr / self.schedule.base_lr * lr for base_lr in self._all_base_lrs()]
+
+    def _all_base_lrs(self) -> list[float | Tensor]:
+        """The lrs at the start, to which those of groups that were added since are appended."""
+        groups = self.optimizer.param_groups
+        for group in groups[len(self.base_lrs) :]:
+            lr = group["lr"]
+            lr = group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
+            self.base_lrs.append(lr.clone() if isinstance(lr, Tensor) else lr)
+        return self.base_lrs[: len(groups)]  # a state may know of a group that is to be added yet
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "schedule": self.schedule.to_dict()}

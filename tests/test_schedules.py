@@ -466,6 +466,32 @@ def test_resumes_from_the_optimizers_state_alone() -> None:
         WARMUP.scheduler(optimizer_of(0.3), last_epoch=12)
 
 
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_a_group_that_is_added_later_is_scaled_by_its_lr(as_tensors: bool) -> None:
+    def add(optimizer: SGD) -> None:
+        lr: Any = torch.tensor(0.6, dtype=torch.float64) if as_tensors else 0.6
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": lr})
+
+    optimizer = optimizer_of(0.3)
+    scheduler = WARMUP.scheduler(optimizer)
+    train(optimizer, scheduler, 5)
+    add(optimizer)
+    for k, used in enumerate(train(optimizer, scheduler, 15), start=5):
+        expected = [WARMUP(k), 0.6 if k == 5 else 2 * WARMUP(k)]
+        assert used == pytest.approx(expected, rel=1e-15)
+    assert scheduler.get_last_lr() == pytest.approx([WARMUP(20), 2 * WARMUP(20)], rel=1e-15)
+
+    optimizer_state, scheduler_state = saved_and_loaded(
+        optimizer.state_dict(), scheduler.state_dict()
+    )
+    resumed = optimizer_of(0.3)
+    again = WARMUP.scheduler(resumed)
+    again.load_state_dict(scheduler_state)
+    add(resumed)
+    resumed.load_state_dict(optimizer_state)
+    assert train(resumed, again, 9) == train(optimizer, scheduler, 9)
+
+
 def test_state_of_another_scheduler_is_refused() -> None:
     optimizer = optimizer_of(0.3)
     scheduler = WARMUP.scheduler(optimizer)
