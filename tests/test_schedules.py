@@ -611,6 +611,45 @@ def test_plot_draws_into_given_axes_with_given_labels(figure_module: Any) -> Non
     assert [text.get_text() for text in lower.get_legend().get_texts()] == ["teacher"]
 
 
+def test_plot_beside_decays_shows_all_of_them(figure_module: Any) -> None:
+    figure = figure_module.Figure()
+    ax, below = figure.subplots(2, sharex=True)
+    schedules.plot(schedules.half_life(1000), 5000, ax=below)
+    schedules.plot(schedules.constant(0.999), 5000, ax=ax)
+    schedules.plot(schedules.constant(0.9), 50, ax=ax)
+    figure.savefig(io.BytesIO())
+    _, _, *twins = figure.axes
+    assert len(twins) == 2  # one each
+    assert ax.get_ylim() == twins[1].get_ylim() == (0, 0.999)
+    assert tick_labels(twins[1]) == ["1", "2", "10", "100", "1,000"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "constant(0.999)",
+        "constant(0.9)",
+    ]
+
+
+def test_plot_of_decays_beside_others_is_linear(figure_module: Any) -> None:
+    for pair in ([WARMUP, schedules.equal()], [schedules.equal(), lambda k: 2.0 * k]):
+        for first, second in (pair, pair[::-1]):
+            ax = figure_module.Figure().subplots()
+            for curve in (first, second):
+                figure = schedules.plot(curve, 50, ax=ax)
+            assert (figure.axes, ax.get_yscale(), ax.get_ylabel()) == ([ax], "linear", "")
+            highest = max(line.get_ydata().max() for line in ax.get_lines())
+            assert ax.get_ylim()[1] > highest
+
+
+def test_plot_drops_no_curve_for_its_label(figure_module: Any) -> None:
+    def doubled(k: int) -> float:
+        return 2.0 * k
+
+    twice = [doubled, lambda k: 3.0 * k, lambda k: 4.0 * k]
+    assert len(schedules.plot(twice, 5).axes[0].get_lines()) == 3
+    near = [schedules.constant(0.9999999), schedules.constant(0.99999999)]
+    labels = list(lines_of(schedules.plot(near, 5)))
+    assert labels == ["constant(0.9999999)", "constant(0.99999999)"]
+
+
 @pytest.mark.parametrize("steps", [0, -1, 2.5, True])
 def test_plot_refuses_bad_steps(figure_module: Any, steps: Any) -> None:
     with pytest.raises(ValueError, match="Invalid steps"):
