@@ -197,7 +197,9 @@ def train(
     torch.manual_seed(seed)
     random = torch.Generator().manual_seed(seed)
     train_set, test_set = split_digits(seed)
-    per_epoch = math.ceil(len(train_set.images) / batch_size)
+    # In batches that are equally large, so that none is of one image, of which BatchNorm has no
+    # statistics.
+    per_epoch = min(math.ceil(len(train_set.images) / batch_size), len(train_set.images) // 2)
     byol = Byol(epochs * per_epoch, lr, base_decay)
 
     def probe() -> float:
@@ -214,7 +216,8 @@ def train(
     bar = progress.add_task("BYOL", total=epochs, probe=f"{run.accuracies[0]:.1f} %")
     for _ in range(epochs):
         losses = []
-        for batch in torch.randperm(len(train_set.images), generator=random).chunk(per_epoch):
+        order = torch.randperm(len(train_set.images), generator=random)
+        for batch in order.tensor_split(per_epoch):
             images = train_set.images[batch]
             losses.append(byol.step(random_view(images, random), random_view(images, random)))
         run.decays.append(byol.decay(byol.target.ema.num_updates))

@@ -486,7 +486,8 @@ class CosineWarmup(Schedule):
     def scheduler(self, optimizer: Optimizer, last_epoch: int = -1) -> LRScheduler:
         """Returns a scheduler of torch that sets the lr of an optimizer.
 
-        A param group whose lr is c times ``base_lr`` gets c times the schedule. An lr that is a
+        A param group whose lr is c times ``base_lr`` gets c times the schedule, from the next step
+        of the scheduler on also one that is added later. An lr that is a
         tensor is filled in place, without waiting for its device. The scheduler's ``state_dict``
         holds this schedule too, and can be loaded with ``weights_only=True``.
 
@@ -517,7 +518,16 @@ class _CosineWarmupLR(LRScheduler):
             )
         lr = self.schedule(self.last_epoch)
         # In this order: a group that starts at base_lr gets the schedule to the last bit.
-        return [base_lr / self.schedule.base_lr * lr for base_lr in self.base_lrs]
+        return [base_lr / self.schedule.base_lr * lr for base_lr in self._all_base_lrs()]
+
+    def _all_base_lrs(self) -> list[float | Tensor]:
+        """The lrs at the start, to which those of groups that were added since are appended."""
+        groups = self.optimizer.param_groups
+        for group in groups[len(self.base_lrs) :]:
+            lr = group["lr"]
+            lr = group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
+            self.base_lrs.append(lr.clone() if isinstance(lr, Tensor) else lr)
+        return self.base_lrs[: len(groups)]  # a state may know of a group that is to be added yet
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "schedule": self.schedule.to_dict()}
@@ -543,7 +553,8 @@ def plot(
         schedule: one, or a list of several, or a dict of them by label. They may also be functions
             of k of your own, which are drawn on a linear scale.
         steps: how many updates are drawn, 1 or more.
-        ax: axes to draw into, such as ``plt.gca()``; a new figure if None.
+        ax: axes to draw into, such as ``plt.gca()``, beside the curves that are there; their scale
+            is that of decays only if all are. A new figure if None.
 
     Returns:
         The figure, for ``figure.savefig(path)``; a notebook shows it.
@@ -569,30 +580,28 @@ def plot(
     curves = _labelled(schedule)
     if ax is None:
         ax = Figure(figsize=(7.2, 4.0), layout="constrained").subplots()
+    is_empty = not ax.get_lines()
     updates = _spread(int(steps), _PLOTTED_POINTS)
-    values = [[curve(k) for k in updates] for curve in curves.values()]
-    for label, ordinates in zip(curves, values, strict=True):
-        ax.plot(updates, ordinates, label=label, linewidth=2)
+    for label, curve in curves:
+        ax.plot(updates, [curve(k) for k in updates], label=label, linewidth=2)
     ax.set_xlabel("update k")
     ax.grid(alpha=0.3)
-    if all(isinstance(curve, CosineWarmup) for curve in curves.values()):
-        ax.set_ylabel("learning rate")
-    elif all(isinstance(curve, Schedule) for curve in curves.values()):
-        _scale_to_decays(ax, max(map(max, values)), steps)
+    _scale(ax, _unit([curve for _, curve in curves]), is_empty)
     ax.legend()
     return ax.get_figure(root=True)
 
 
 _PLOTTED_POINTS = 1000
+_HORIZONS = "1 / (1 - decay), in updates"
 
 
-def _labelled(schedule: Any) -> dict[str, _Plottable]:
-    """Schedules by label: what they are called with, or a function's name."""
+def _labelled(schedule: Any) -> list[tuple[str, _Plottable]]:
+    """Schedules with labels: what they are called with, or a function's name."""
     if isinstance(schedule, Mapping):
-        curves = dict(schedule)
+        curves = list(schedule.items())
     else:
         several = [schedule] if callable(schedule) else list(schedule)
-        curves = {_label(curve): curve for curve in several}
+        curves = [(_label(curve), curve) for curve in several]
     if not curves:
         raise ValueError("schedule: expected at least one, got none")
     return curves
@@ -604,7 +613,7 @@ def _label(curve: _Plottable) -> str:
         return getattr(curve, "__name__", repr(curve))
     arguments = [(field, getattr(curve, field.name)) for field in fields(curve)]
     given = [
-        f"{value:g}" if field.default is MISSING else f"{field.name}={value:g}"
+        ("" if field.default is MISSING else f"{field.name}=") + repr(value).removesuffix(".0")
         for field, value in arguments
         if value != field.default
     ]
@@ -617,7 +626,39 @@ def _spread(steps: int, points: int) -> list[int]:
     return [i * (steps - 1) // max(count - 1, 1) for i in range(count)]
 
 
-def _scale_to_decays(ax: Axes, highest: float, steps: int) -> None:
+def _unit(curves: list[_Plottable]) -> str:
+    """What schedules are of, if of the same; nothing for other functions."""
+    if all(isinstance(curve, CosineWarmup) for curve in curves):
+        return "learning rate"
+    are_decays = all(isinstance(c, Schedule) and not isinstance(c, CosineWarmup) for c in curves)
+    return "decay" if are_decays else ""
+
+
+def _scale(ax: Axes, unit: str, was_empty: bool) -> None:
+    """Scales axes for what they show now that curves of this unit are drawn last."""
+    horizons = _horizons_of(ax)
+    if unit == "decay" and (was_empty or horizons is not None):
+        _scale_to_decays(ax, ax.twinx() if horizons is None else horizons)
+        return
+    if horizons is not None:
+        horizons.remove()
+        ax.set_yscale("linear")
+        ax.autoscale(axis="y")
+    ax.set_ylabel(unit if was_empty or unit == ax.get_ylabel() else "")
+
+
+def _horizons_of(ax: Axes) -> Axes | None:
+    """The axes on the right of decays that were drawn before."""
+    place = ax.get_position(original=True).bounds
+    siblings: list[Axes] = ax.get_shared_x_axes().get_siblings(ax)
+    for other in siblings:
+        is_twin = other is not ax and other.get_position(original=True).bounds == place
+        if is_twin and other.get_ylabel() == _HORIZONS:
+            return other
+    return None
+
+
+def _scale_to_decays(ax: Axes, right: Axes) -> None:
     """Gives axes the scale -log10(1 - decay), whose unit is one more nine.
 
     It ends at the highest decay, or where an average would be over ten times the updates drawn.
@@ -625,7 +666,9 @@ def _scale_to_decays(ax: Axes, highest: float, steps: int) -> None:
     import numpy as np
     from numpy.typing import NDArray
 
-    least = min(max(1 - highest, 0.1 / steps), 0.5)  # of 1 - decay
+    drawn = [np.asarray(line.get_xydata()).max(axis=0) for line in ax.get_lines()]
+    last, highest = np.max(drawn, axis=0).tolist()
+    least = min(max(1 - highest, 0.1 / (last + 1)), 0.5)  # of 1 - decay
 
     def nines(decay: NDArray[Any]) -> Any:
         return -np.log10(np.maximum(1 - decay, least))
@@ -637,7 +680,7 @@ def _scale_to_decays(ax: Axes, highest: float, steps: int) -> None:
     decays = [1 - 1 / horizon for horizon in horizons]
     for side, name, labels in (
         (ax, "decay", [f"{decay:.15g}" for decay in decays]),
-        (ax.twinx(), "1 / (1 - decay), in updates", [f"{horizon:,}" for horizon in horizons]),
+        (right, _HORIZONS, [f"{horizon:,}" for horizon in horizons]),
     ):
         side.set_yscale("function", functions=(nines, decay))
         side.set_ylim(0, 1 - least)

@@ -38,3 +38,15 @@ def test_byol_learns_features_and_draws_them(byol, tmp_path, capsys):
 def test_byol_is_the_same_for_the_same_seed(byol, tmp_path, capsys):
     first, second = (table_of(byol, tmp_path / "byol.png", capsys) for _ in range(2))
     assert first == second
+
+
+def test_byol_has_no_batch_of_one_image(byol, tmp_path):
+    byol.main(
+        epochs=1,
+        batch_size=3,
+        lr=0.01,
+        base_decay=0.97,
+        labels=5,
+        seed=0,
+        output=tmp_path / "byol.png",
+    )

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,17 @@ def test_a_checkpoint_that_is_tested_has_its_own_averages(tmp_path):
     assert_near(fresh.evaluated[-1], expected)
 
 
+def test_buffers_that_change_in_validation_are_put_back(tmp_path):
+    class Changing(Module):
+        def validation_step(self, batch: Tensor) -> None:
+            self.net[1].running_mean.fill_(5.0)
+
+    module, plain = Changing(), Module()
+    fit(tmp_path, module, EMACallback(decay=DECAY), val_check_interval=2)
+    fit(tmp_path, plain)
+    assert_same(module.weights[-1], plain.weights[-1])
+
+
 def test_an_interrupted_validation_gives_the_weights_back(tmp_path):
     module = Module(fails_at=4)
     trainer = make_trainer(tmp_path, EMACallback(decay=DECAY), val_check_interval=2)
@@ -293,6 +305,61 @@ def test_an_error_after_another_training_is_not_hidden(tmp_path):
     fit(tmp_path, Module(), callback)
     with pytest.raises(KeyError, match="training fails"):
         fit(tmp_path, Failing(), callback, num_sanity_val_steps=0)
+
+
+class FailingToTest(Module):
+    def on_test_start(self) -> None:
+        raise KeyError("the test fails")
+
+    def on_fit_end(self) -> None:
+        if self.fails_at == 0:
+            raise KeyError("the end fails")
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_an_error_after_training_leaves_the_averages(tmp_path, other):
+    module, callback = Module(), EMACallback(decay=DECAY)
+    trainer = fit(tmp_path, module, callback)
+    averages = weights_of(module)
+    failing = FailingToTest()
+    if not other:
+        failing, module.on_test_start = module, failing.on_test_start  # type: ignore[method-assign]
+    with pytest.raises(KeyError, match="the test fails"):
+        trainer.test(failing, verbose=False)
+    assert_same(weights_of(module), averages)
+
+
+def test_an_error_when_all_has_ended_leaves_the_averages(tmp_path):
+    module = FailingToTest(fails_at=0)
+    start = weights_of(module)
+    with pytest.raises(KeyError, match="the end fails"):
+        fit(tmp_path, module, EMACallback(decay=DECAY), num_sanity_val_steps=0)
+    assert_near(weights_of(module), expected_average(start, module.weights))
+
+
+@pytest.mark.parametrize("nothing", [{"max_epochs": 0}, {"limit_train_batches": 0}])
+def test_training_that_has_nothing_to_do_ends_too(tmp_path, nothing):
+    module, callback = WithTarget(), EMACallback(decay=DECAY)
+    for callbacks in ([callback], [TargetNetworkCallback()]):
+        trainer = fit(tmp_path, module, *callbacks, **nothing)
+        assert all(optimizer.ema is None for optimizer in trainer.optimizers)
+    assert callback.ema.optimizer is None
+    assert module.target.ema.optimizer is None
+
+
+def test_training_that_had_ended_before_it_was_resumed_has_the_averages(tmp_path):
+    whole, again = Module(), Module()
+    fit(tmp_path, whole, EMACallback(decay=DECAY)).save_checkpoint(tmp_path / "end.ckpt")
+    trainer = fit(tmp_path, again, EMACallback(decay=DECAY), ckpt=tmp_path / "end.ckpt")
+    assert again.weights == []
+    assert_same(weights_of(again), weights_of(whole))
+    assert trainer.optimizers[0].ema is None
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    first, second = (
+        torch.load(tmp_path / f"{name}.ckpt", weights_only=False) for name in ("end", "again")
+    )
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        assert_same(second[key], first[key])
 
 
 def test_a_second_training_starts_from_what_the_module_holds(tmp_path):
@@ -416,6 +483,51 @@ def test_a_checkpoint_from_within_validation_has_both_sets(tmp_path):
     checkpoint = torch.load(tmp_path / "validating.ckpt", weights_only=False)
     assert_same(checkpoint["state_dict"], module.evaluated[-1])
     assert_same(checkpoint["current_model_state"], module.weights[-1])
+
+
+def test_a_checkpoint_of_another_module_has_its_own_weights(tmp_path):
+    module, other = Module(), Module()
+    trainer = fit(tmp_path, module, EMACallback(decay=DECAY))
+    trainer.test(other, verbose=False)
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    checkpoint = torch.load(tmp_path / "other.ckpt", weights_only=False)
+    assert_same(checkpoint["state_dict"], weights_of(other))
+    assert "current_model_state" not in checkpoint
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_checkpoint_of_a_module_with_new_weights_has_them(tmp_path, replaced):
+    module = Module()
+    trainer = fit(tmp_path, module, EMACallback(decay=DECAY))
+    if replaced:
+        module.net = Module().net
+    else:
+        module.load_state_dict(Module().state_dict())
+    trainer.save_checkpoint(tmp_path / "new.ckpt")
+    checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=False)
+    assert_same(checkpoint["state_dict"], weights_of(Module()))
+    assert "current_model_state" not in checkpoint
+
+
+@pytest.mark.parametrize("value", [5.0, float("nan")])
+def test_buffers_that_change_after_training_are_saved_as_they_are(tmp_path, value):
+    module = Module()
+    trainer = fit(tmp_path, module, EMACallback(decay=DECAY))
+    module.net[1].running_mean.fill_(value)
+    trainer.save_checkpoint(tmp_path / "later.ckpt")
+    checkpoint = torch.load(tmp_path / "later.ckpt", weights_only=False)
+    assert_same(checkpoint["state_dict"], weights_of(module))
+    assert_same(checkpoint["current_model_state"], module.weights[-1])
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_checkpoints_that_lack_the_averages_are_warned_of(tmp_path, weights_only):
+    checkpoints = ModelCheckpoint(tmp_path, save_weights_only=weights_only)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, Module(), EMACallback(), checkpoints, enable_checkpointing=True)
+    messages = [str(warning.message) for warning in caught]
+    assert sum("save_weights_only=True" in message for message in messages) == weights_only
 
 
 def test_averages_of_a_half_precision_module_are_saved_and_resumed_in_float32(tmp_path):
@@ -547,6 +659,35 @@ def test_a_target_that_rides_in_the_modules_optimizer_is_left_there(tmp_path):
     assert trainer.optimizers[0].ema is module.target.ema
 
 
+def test_a_target_rides_in_the_new_optimizer_of_a_second_training(tmp_path):
+    module = WithTarget(lambda params: SGD(params, lr=0.1, ema=module.target))
+    trainer = fit(tmp_path, module, TargetNetworkCallback())
+    first = trainer.optimizers[0]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module)
+    assert first.ema is None
+    assert trainer.optimizers[0].ema is module.target.ema
+    assert module.target.ema.num_steps == 2 * BATCHES
+
+
+def test_a_target_stays_in_an_optimizer_that_is_kept(tmp_path):
+    class Keeping(TwoOptimizers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.target = TargetNetwork(self.net, decay=DECAY)
+            self.kept = super().configure_optimizers()
+            self.kept[1].ema = self.target
+
+        def configure_optimizers(self) -> Any:
+            return self.kept
+
+    module = Keeping()
+    for count in (2, 4):  # of the steps of the second optimizer
+        fit(tmp_path, module, TargetNetworkCallback())
+        assert module.target.ema.num_steps == count
+        assert module.kept[1].ema is module.target.ema
+
+
 def test_a_target_resumes_exactly_from_a_checkpoint(tmp_path):
     whole, part = WithTarget(), WithTarget()
     path, _ = saved(tmp_path, whole, TargetNetworkCallback(), max_epochs=2)
@@ -562,6 +703,26 @@ def test_a_target_and_an_average_of_everything_go_together(tmp_path):
     fit(tmp_path, alone, TargetNetworkCallback(), max_epochs=2)
     assert callback.ema.num_steps == module.target.ema.num_steps == 2 * BATCHES
     assert_same(module.weights[-1], {**alone.weights[-1]})
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average", "ignore"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("target_first", [False, True])
+def test_an_average_leaves_targets_out_in_either_order(tmp_path, buffers, optimizer, target_first):
+    module, alone = WithTarget(OPTIMIZERS[optimizer]), WithTarget(OPTIMIZERS[optimizer])
+    callback = EMACallback(decay=DECAY, buffers=buffers)
+    callbacks = [callback, TargetNetworkCallback()][:: -1 if target_first else 1]
+    checkpoints = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(tmp_path, module, *callbacks, checkpoints, enable_checkpointing=True)
+    fit(tmp_path, alone, TargetNetworkCallback())
+    checkpoint = torch.load(tmp_path / "epoch=0.ckpt", weights_only=False)
+    tracked = {**callback.ema.shadows, **callback.ema.state_dict()["buffers"]}
+    assert not any("target" in name for name in tracked)
+    found = (module.evaluated[-1], checkpoint["state_dict"], checkpoint["current_model_state"])
+    for state in (weights_of(module), *found):
+        for name, tensor in weights_of(alone).items():
+            if name.startswith("target."):
+                assert_same_bits(state[name], tensor, name)
 
 
 def test_a_target_further_in_is_found_by_its_path(tmp_path):

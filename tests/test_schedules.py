@@ -280,9 +280,8 @@ def test_numbers_of_numpy_become_builtin_ones() -> None:
 
 def test_native_evaluation_refuses_what_it_does_not_know() -> None:
     for kind, parameters, k in ((-1, [], 0), (9, [], 0), (0, [0.5] * 6, 0), (0, [0.5], -1)):
-        with pytest.raises(
-            ValueError, match=r"expected (a kind of schedule, and its parameters|k >= 0)"
-        ):
+        expected = r"expected (a kind of schedule, and its parameters|k >= 0)"
+        with pytest.raises(ValueError, match=expected):
             _C.evaluate_schedule(kind, parameters, k)
 
 
@@ -467,6 +466,32 @@ def test_resumes_from_the_optimizers_state_alone() -> None:
         WARMUP.scheduler(optimizer_of(0.3), last_epoch=12)
 
 
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_a_group_that_is_added_later_is_scaled_by_its_lr(as_tensors: bool) -> None:
+    def add(optimizer: SGD) -> None:
+        lr: Any = torch.tensor(0.6, dtype=torch.float64) if as_tensors else 0.6
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": lr})
+
+    optimizer = optimizer_of(0.3)
+    scheduler = WARMUP.scheduler(optimizer)
+    train(optimizer, scheduler, 5)
+    add(optimizer)
+    for k, used in enumerate(train(optimizer, scheduler, 15), start=5):
+        expected = [WARMUP(k), 0.6 if k == 5 else 2 * WARMUP(k)]
+        assert used == pytest.approx(expected, rel=1e-15)
+    assert scheduler.get_last_lr() == pytest.approx([WARMUP(20), 2 * WARMUP(20)], rel=1e-15)
+
+    optimizer_state, scheduler_state = saved_and_loaded(
+        optimizer.state_dict(), scheduler.state_dict()
+    )
+    resumed = optimizer_of(0.3)
+    again = WARMUP.scheduler(resumed)
+    again.load_state_dict(scheduler_state)
+    add(resumed)
+    resumed.load_state_dict(optimizer_state)
+    assert train(resumed, again, 9) == train(optimizer, scheduler, 9)
+
+
 def test_state_of_another_scheduler_is_refused() -> None:
     optimizer = optimizer_of(0.3)
     scheduler = WARMUP.scheduler(optimizer)
@@ -584,6 +609,45 @@ def test_plot_draws_into_given_axes_with_given_labels(figure_module: Any) -> Non
     assert schedules.plot({"teacher": WARMUP}, 9, ax=lower) is figure
     assert upper.get_lines() == []
     assert [text.get_text() for text in lower.get_legend().get_texts()] == ["teacher"]
+
+
+def test_plot_beside_decays_shows_all_of_them(figure_module: Any) -> None:
+    figure = figure_module.Figure()
+    ax, below = figure.subplots(2, sharex=True)
+    schedules.plot(schedules.half_life(1000), 5000, ax=below)
+    schedules.plot(schedules.constant(0.999), 5000, ax=ax)
+    schedules.plot(schedules.constant(0.9), 50, ax=ax)
+    figure.savefig(io.BytesIO())
+    _, _, *twins = figure.axes
+    assert len(twins) == 2  # one each
+    assert ax.get_ylim() == twins[1].get_ylim() == (0, 0.999)
+    assert tick_labels(twins[1]) == ["1", "2", "10", "100", "1,000"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "constant(0.999)",
+        "constant(0.9)",
+    ]
+
+
+def test_plot_of_decays_beside_others_is_linear(figure_module: Any) -> None:
+    for pair in ([WARMUP, schedules.equal()], [schedules.equal(), lambda k: 2.0 * k]):
+        for first, second in (pair, pair[::-1]):
+            ax = figure_module.Figure().subplots()
+            for curve in (first, second):
+                figure = schedules.plot(curve, 50, ax=ax)
+            assert (figure.axes, ax.get_yscale(), ax.get_ylabel()) == ([ax], "linear", "")
+            highest = max(line.get_ydata().max() for line in ax.get_lines())
+            assert ax.get_ylim()[1] > highest
+
+
+def test_plot_drops_no_curve_for_its_label(figure_module: Any) -> None:
+    def doubled(k: int) -> float:
+        return 2.0 * k
+
+    twice = [doubled, lambda k: 3.0 * k, lambda k: 4.0 * k]
+    assert len(schedules.plot(twice, 5).axes[0].get_lines()) == 3
+    near = [schedules.constant(0.9999999), schedules.constant(0.99999999)]
+    labels = list(lines_of(schedules.plot(near, 5)))
+    assert labels == ["constant(0.9999999)", "constant(0.99999999)"]
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, True])
