@@ -245,6 +245,10 @@ class PyPlan {
   std::pair<py::list, py::list> untouched(const py::dict& shadows) const {
     std::pair<py::list, py::list> left;
     if (shadowed_ == shadows.size()) return left;
+    if (params_.empty()) {  // an update of averages alone
+      return {py::reinterpret_steal<py::list>(PyDict_Keys(shadows.ptr())),
+              py::reinterpret_steal<py::list>(PyDict_Values(shadows.ptr()))};
+    }
     const std::unordered_set<PyObject*> added(params_.begin(), params_.end());
     for (const auto& [param, shadow] : shadows) {
       if (added.count(param.ptr())) continue;

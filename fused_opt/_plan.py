@@ -228,13 +228,13 @@ class Plan:
 
     def add_remaining_ema(
         self,
-        refinement: Callable[[Tensor], Tensor | None] = lambda _: None,
+        refinement: Callable[[Tensor], Tensor | None] | None = None,
         roundings: Callable[[], dict[Tensor, Rounding]] = dict,
     ) -> None:
         """Adds the EMA of all parameters that were not added with their shadow.
 
         Args:
-            refinement: what refines a parameter, if anything does.
+            refinement: what refines a parameter, if anything does; None where nothing does.
             roundings: the parameters whose shadows are rounded stochastically, with the rounding of
                 each; called where there are shadows to add.
         """
@@ -243,8 +243,13 @@ class Plan:
         params, left = self._native.untouched(self._averages.shadows)
         if not params:
             return
-        rows = Rows(params, None, None, list(left), [refinement(param) for param in params])
+        # A standalone update comes here with every parameter, and spends no time on each in Python.
+        refinements = None if refinement is None else [refinement(param) for param in params]
+        rows = Rows(params, None, None, left, refinements)
         found = roundings()
+        if not found:
+            self._add(rows, None, first=False)
+            return
         alike: dict[tuple[int, int] | None, list[int]] = {}
         for i, param in enumerate(params):
             own = found.get(param)

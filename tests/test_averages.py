@@ -6,7 +6,8 @@ What counts on a device runs on the CPU too, where the count is a tensor that th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -253,6 +254,26 @@ def test_each_average_rounds_by_numbers_of_its_own(dtype, device):
 def test_streams_of_shadows_are_numbered_after_those_of_a_row():
     assert [shadow_stream(k) for k in range(4)] == [3, 5, 6, 7]
     assert shadow_stream(251) == 255  # a key has 8 bits for it
+
+
+def python_calls(call: Callable[[], object]) -> int:
+    """How many Python functions a call enters."""
+    entered = []
+    sys.setprofile(lambda frame, event, _: entered.append(frame) if event == "call" else None)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return len(entered)
+
+
+def test_an_update_enters_no_python_function_per_parameter(device):
+    counts = []
+    for parameters in (3, 300):
+        ema = EMA(make_params([(4,)] * parameters, device=device), [0.9, 0.5])
+        ema.update()
+        counts.append(python_calls(ema.update))
+    assert counts[0] == counts[1]
 
 
 # --- frozen parameters ---------------------------------------------------------------------------
