@@ -311,6 +311,7 @@ class EMA:
             left_to_device: a device counts the step, where it finds it taken or repeats it.
         """
         rows, home = self._kept.rows(), self._home()
+        self._updates.move_to(home)
         if home.type == "cuda" and (left_to_device or self._gpu_counts):
             return self._averages_by_gpu(rows, home)
         progress = Progress(self._updates.on_host, self._update_every, self._update_after_step)
@@ -359,8 +360,8 @@ class EMA:
         home = self._home()
         if home.type != "cuda":
             return None
-        counter = self._updates.on(home)  # which a capture would come too late to make
-        return Gate(None, [counter], home) if is_capturing(home) else None
+        self._updates.on(home)  # which a capture would come too late to make
+        return Gate(None, [self._updates.counted_on(home)], home) if is_capturing(home) else None
 
     def _subject(self, stream: str, param: Tensor) -> str:
         """Names a tensor at fault by its parameter's name."""

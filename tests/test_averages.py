@@ -100,10 +100,11 @@ class Several(EMA):
         self.buffers_copied.append(gate)
 
     def _averages(self, left_to_device: bool) -> Averages | None:
-        timed = Averages(self.rows, self.decays, self._updates._host, None, self.every, self.after)
+        steps = self._updates.on_host
+        timed = Averages(self.rows, self.decays, steps, None, self.every, self.after)
         if left_to_device:
-            home = next(iter(self.rows)).device
-            return timed._replace(on_device=self._updates.on(home))
+            count = self._updates.on(next(iter(self.rows)).device)
+            return timed._replace(steps=int(self._updates) - int(count), on_device=count)
         decays = timed.on_host()
         return None if decays is None else Averages(self.rows, tuple(decays))
 
