@@ -712,6 +712,10 @@ class SGD(torch.optim.SGD):
             self._skip(grad_scale)
             return
         self._max_grad_norm()
+        averages = None
+        if self._ema is not None:
+            with torch.no_grad():  # before anything is changed: a decay may be out of range
+                averages = self._ema._averages(left_to_device=False)
         for group in self.param_groups:
             hyper = SgdHyper.of_group(group, grad_scale)
             for param in group["params"]:
@@ -725,7 +729,6 @@ class SGD(torch.optim.SGD):
                     self._states.keep_momentum(param, new_momentum, hyper)
         if self._ema is not None:
             with torch.no_grad():
-                averages = self._ema._averages(left_to_device=False)
                 if averages is not None:
                     self._plan.run_ema(averages, self._subject)
                     self._ema._copy_buffers(None)
