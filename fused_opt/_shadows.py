@@ -8,7 +8,7 @@ from operator import is_ as _is
 import torch
 from torch import Tensor
 
-from fused_opt._averages import Shadow
+from fused_opt._averages import Shadow, is_frozen
 from fused_opt._ema_names import Names, check_match
 from fused_opt._hyper import HALF_DTYPES
 
@@ -43,6 +43,8 @@ class Shadows:
         old: Shadows | None = None,
     ) -> None:
         self.names = names
+        # Those that do not train. Others may be frozen between steps, and stay averages then.
+        self.frozen = frozenset(filter(is_frozen, names.params.values()))
         self.averaged: dict[str, tuple[Tensor, ...]] = {}
         self.copied: dict[str, Tensor] = {}
         known = {} if old is None else old._by_tensor()
