@@ -112,7 +112,7 @@ class PyPlan {
     params_.clear();
     written_.clear();
     shadowed_ = 0;
-    follows_frozen_ = false;
+    frozen_ = nullptr;
     // Dropping the last reference to an object may run Python code: the plan is empty by then.
     std::vector<PyObject*> released;
     released.swap(held_);
@@ -122,10 +122,10 @@ class PyPlan {
   }
 
   // Tells what shadows are averages with, before rows with shadows are added: a decay each, the
-  // count of steps so far, and which steps update (AverageRule). With `follows_frozen` the shadows
-  // of an nn.Parameter that does not require a gradient copy it.
+  // count of steps so far, which steps update (AverageRule), and the parameters whose shadows copy
+  // them while they do not require a gradient.
   void set_averages(const std::vector<double>& decays, int64_t steps, int64_t every, int64_t after,
-                    bool follows_frozen) {
+                    const py::frozenset& frozen) {
     if (decays.empty() || decays.size() > size_t(kMaxAverages)) {
       throw py::value_error("expected 1 to " + std::to_string(kMaxAverages) + " averages, got " +
                             std::to_string(decays.size()));
@@ -141,7 +141,13 @@ class PyPlan {
     average_steps.every = every;
     average_steps.after = after;
     plan_.set_averages(std::move(averages), average_steps);
-    follows_frozen_ = follows_frozen;
+    set_frozen(frozen);
+  }
+
+  // Tells those parameters anew, for rows that come later.
+  void set_frozen(const py::frozenset& frozen) {
+    hold(frozen.ptr());
+    frozen_ = PySet_GET_SIZE(frozen.ptr()) == 0 ? nullptr : frozen.ptr();
   }
 
   // Gives an average a schedule in place of its decay.
@@ -245,6 +251,10 @@ class PyPlan {
   std::pair<py::list, py::list> untouched(const py::dict& shadows) const {
     std::pair<py::list, py::list> left;
     if (shadowed_ == shadows.size()) return left;
+    if (params_.empty()) {  // an update of averages alone
+      return {py::reinterpret_steal<py::list>(PyDict_Keys(shadows.ptr())),
+              py::reinterpret_steal<py::list>(PyDict_Values(shadows.ptr()))};
+    }
     const std::unordered_set<PyObject*> added(params_.begin(), params_.end());
     for (const auto& [param, shadow] : shadows) {
       if (added.count(param.ptr())) continue;
@@ -420,7 +430,7 @@ class PyPlan {
     }
     if (row.views[kGrad]) written_.push_back(tensors[kParam]);
     if (row.views[kGrad] && resets) written_.push_back(tensors[kGrad]);
-    row.frozen = row.views[kShadow] && follows_frozen_ && reader().is_frozen(tensors[kParam]);
+    row.frozen = row.views[kShadow] && is_frozen(tensors[kParam]);
     const bool is_number = views_[kParam].has_kernels && views_[kParam].dtype != DType::kInt16;
     if (reach == TensorReader::Reach::kTorch || !is_number) {
       plan_.skip_row();
@@ -430,6 +440,18 @@ class PyPlan {
     explain([&] { added = plan_.add_row(row, copies); });
     shadowed_ += added && row.views[kShadow] != nullptr;
     return added ? Outcome::kAdded : Outcome::kScattered;
+  }
+
+  // Whether shadows copy a parameter. Hashing one costs most, and most train.
+  bool is_frozen(PyObject* param) const {
+    static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+    if (frozen_ == nullptr) return false;
+    const auto required = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, requires_grad));
+    if (!required) throw py::error_already_set();
+    if (required.ptr() != Py_False) return false;
+    const int found = PySet_Contains(frozen_, param);
+    if (found < 0) throw py::error_already_set();
+    return found != 0;
   }
 
   // Reads the shadow of a row, or the tuple of those of several averages.
@@ -496,8 +518,8 @@ class PyPlan {
   std::vector<PyObject*> held_;    // references that the plan owns
   std::vector<PyObject*> params_;  // of every row
   std::vector<PyObject*> written_;
-  size_t shadowed_ = 0;  // rows with a shadow that the kernels update
-  bool follows_frozen_ = false;
+  size_t shadowed_ = 0;         // rows with a shadow that the kernels update
+  PyObject* frozen_ = nullptr;  // a set that the plan holds; null for an empty one
 };
 
 Group make_group(double lr, double momentum, double dampening, double weight_decay,
@@ -584,6 +606,7 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init())
       .def("clear", &PyPlan::clear)
       .def("set_averages", &PyPlan::set_averages)
+      .def("set_frozen", &PyPlan::set_frozen)
       .def("set_schedule", &PyPlan::set_schedule)
       .def("add_param_group", &PyPlan::add_param_group)
       .def("add", &PyPlan::add)

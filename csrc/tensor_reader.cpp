@@ -71,7 +71,6 @@ void SeenTensors::clear() {
 TensorReader::TensorReader() {
   const py::module_ torch = py::module_::import("torch");
   tensor_type_ = py::object(torch.attr("Tensor")).release().ptr();
-  parameter_type_ = py::object(torch.attr("nn").attr("Parameter")).release().ptr();
   no_dispatch_ = py::object(torch.attr("_C").attr("_disabled_torch_dispatch_impl")).release().ptr();
   const py::object capsule = py::getattr(tensor_type_, "__dlpack_c_exchange_api__", py::none());
   if (PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsuleName)) {
@@ -169,17 +168,6 @@ bool TensorReader::read_attributes(PyObject* object, TensorView& view) {
   view.has_kernels = find_dtype(py::str(tensor.attr("dtype")).cast<std::string>(), view.dtype);
   if (!view.has_kernels) view.dtype_kind = "unsupported";
   return true;
-}
-
-bool TensorReader::is_frozen(PyObject* tensor) const {
-  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == tensor_type_) return false;
-  const int is_parameter = PyObject_IsInstance(tensor, parameter_type_);
-  if (is_parameter == 0) return false;
-  const auto required = py::reinterpret_steal<py::object>(
-      is_parameter < 0 ? nullptr : PyObject_GetAttr(tensor, requires_grad));
-  if (!required) throw py::error_already_set();
-  return required.ptr() == Py_False;
 }
 
 void* TensorReader::current_stream(int device) {

@@ -44,9 +44,6 @@ class TensorReader {
   // the view is not filled. Throws pybind11::type_error if it is no tensor.
   Reach read(PyObject* object, SeenTensors& seen, TensorView& view);
 
-  // Whether a tensor is an nn.Parameter that does not require a gradient.
-  bool is_frozen(PyObject* tensor) const;
-
   // The stream that torch runs the device's work on.
   void* current_stream(int device);
 
@@ -58,7 +55,6 @@ class TensorReader {
 
   const dlpack::ExchangeApi* api_ = nullptr;  // null: torch's table is of another version
   PyObject* tensor_type_;
-  PyObject* parameter_type_;
   PyObject* no_dispatch_;                   // what a type without a dispatcher inherits
   std::vector<PyTypeObject*> plain_types_;  // held, so that the addresses stay theirs
 

@@ -27,7 +27,11 @@ class Averages(NamedTuple):
     on_device: Tensor | None = None  # ... plus this int64 count, where only a device knows it
     every: int = 1
     after: int = 0
-    follows_frozen: bool = True  # copy every nn.Parameter that does not require a gradient
+    frozen: frozenset[Tensor] = frozenset()  # of these, all that require no gradient are copied
+
+    def copies(self, tensor: Tensor) -> bool:
+        """Whether its shadows copy it rather than average it."""
+        return not tensor.requires_grad and tensor in self.frozen
 
     def on_host(self) -> list[float] | None:
         """The decays of this step as numbers, None if it is not due; waits for the device."""

@@ -9,7 +9,10 @@ from torch import Tensor
 class Counter:
     """Counts on the host and, where a step is replayed or may be skipped there, on the device.
 
-    The kernel that runs before a step on a device advances the counter that :meth:`on` returns.
+    The kernel that runs before a step on a device advances the counter that :meth:`counted_on`
+    returns. CUDA graphs have captured its address, and the part of the host as a number: from then
+    on that part stays as it is, and everything is counted on the device.
+
     Whoever owns a counter saves and copies it as an int.
     """
 
@@ -17,30 +20,51 @@ class Counter:
         self._name = name
         self._host = value
         self._on: dict[torch.device, Tensor] = {}
+        self._counting: Tensor | None = None  # which of them counts
 
     def __int__(self) -> int:
-        """The count; waits for the devices that have a part in it."""
-        return self._host + sum(int(count) for count in self._on.values())
+        """The count; waits for a GPU that has a part in it."""
+        return self._host + (0 if self._counting is None else int(self._counting))
 
     @property
     def on_host(self) -> int:
         """The part of the count that is known without waiting for a GPU."""
-        return self._host + sum(int(count) for count in self._on.values() if not count.is_cuda)
+        return self._host if self._counting is None or self._counting.is_cuda else int(self)
 
     @property
     def on_gpu(self) -> Tensor | None:
-        """The other part, if there is one; on the first GPU to be told to count."""
-        return next((count for count in self._on.values() if count.is_cuda), None)
+        """The other part, if there is a GPU that counts, or has been told that it may have to."""
+        found = (self._counting, *self._on.values())
+        return next((count for count in found if count is not None and count.is_cuda), None)
+
+    @property
+    def counts_on(self) -> torch.device | None:
+        """The device that has begun to count."""
+        return None if self._counting is None else self._counting.device
 
     def set(self, value: int) -> None:
-        """Starts over from a count."""
-        self._host = value
-        for count in self._on.values():
-            count.zero_()
+        """Starts over from a count, and so do the graphs that were captured."""
+        if self._counting is None:
+            self._host = value
+        else:
+            self._counting.fill_(value - self._host)
 
     def add(self) -> None:
         """Counts a step that the host knows to be taken."""
-        self._host += 1
+        if self._counting is None:
+            self._host += 1
+        else:
+            self._counting.add_(1)
+
+    def move_to(self, home: torch.device | None) -> None:
+        """Takes back what another device has counted, where steps are now counted on this one.
+
+        Waits for that device.
+        """
+        if self._counting is not None and self._counting.device != home:
+            self._host += int(self._counting)
+            self._counting.zero_()
+            self._counting = None
 
     def held(self, device: torch.device | None) -> Tensor | None:
         """What :meth:`on` returns, if it is there."""
@@ -62,6 +86,12 @@ class Counter:
                 )
             count = self._on[device] = torch.zeros((), dtype=torch.int64, device=device)
         return count
+
+    def counted_on(self, device: torch.device) -> Tensor:
+        """The same, for the device to count a step, and from this one on all."""
+        self.move_to(device)
+        self._counting = self.on(device)
+        return self._counting
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fused_opt import _composite, _rounding
-from fused_opt._averages import Averages, Shadow, all_shadows, is_frozen
+from fused_opt._averages import Averages, Shadow, all_shadows
 from fused_opt._counter import is_capturing
 from fused_opt._cuda_advice import cuda_advice, rebuild_command
 from fused_opt._hyper import SCALARS, ClipHyper, SgdHyper, as_scalar
@@ -146,7 +146,7 @@ class Plan:
                 scheduled.append((k, decay))
             numbers.append(number)
         self._native.set_averages(
-            numbers, averages.steps, averages.every, averages.after, averages.follows_frozen
+            numbers, averages.steps, averages.every, averages.after, averages.frozen
         )
         for k, schedule in scheduled:
             self._native.set_schedule(k, *schedule._hyper)
@@ -228,13 +228,13 @@ class Plan:
 
     def add_remaining_ema(
         self,
-        refinement: Callable[[Tensor], Tensor | None] = lambda _: None,
+        refinement: Callable[[Tensor], Tensor | None] | None = None,
         roundings: Callable[[], dict[Tensor, Rounding]] = dict,
     ) -> None:
         """Adds the EMA of all parameters that were not added with their shadow.
 
         Args:
-            refinement: what refines a parameter, if anything does.
+            refinement: what refines a parameter, if anything does; None where nothing does.
             roundings: the parameters whose shadows are rounded stochastically, with the rounding of
                 each; called where there are shadows to add.
         """
@@ -243,8 +243,13 @@ class Plan:
         params, left = self._native.untouched(self._averages.shadows)
         if not params:
             return
-        rows = Rows(params, None, None, list(left), [refinement(param) for param in params])
+        # A standalone update comes here with every parameter, and spends no time on each in Python.
+        refinements = None if refinement is None else [refinement(param) for param in params]
+        rows = Rows(params, None, None, left, refinements)
         found = roundings()
+        if not found:
+            self._add(rows, None, first=False)
+            return
         alike: dict[tuple[int, int] | None, list[int]] = {}
         for i, param in enumerate(params):
             own = found.get(param)
@@ -540,11 +545,23 @@ class Plan:
     ) -> None:
         """Adds rows that the kernels do not take as they are: as copies, or to be run by torch."""
         if scattered:
-            copies = self._dense_copies(rows.take(scattered), hyper)
+            some = rows.take(scattered)
+            copies = self._dense_copies(some, hyper)
+            self._copy_alike(some.params, copies.params)
             self._checked(self._native.add, *copies.offered, group, True)
         if for_torch:
             numbers = None if hyper is None else hyper.numbers()
             self._add_for_torch(rows, for_torch, numbers, first)
+
+    def _copy_alike(self, params: list[Tensor], copies: list[Tensor]) -> None:
+        """Has the shadows of parameters that are copied do so where dense copies stand for them."""
+        averages = self._averages
+        if averages is None or not averages.frozen:
+            return
+        pairs = zip(params, copies, strict=True)
+        self._native.set_frozen(
+            averages.frozen.union(copy for param, copy in pairs if averages.copies(param))
+        )
 
     def _group(self, hyper: SgdHyper | None, rounding: Rounding | None) -> Any:
         seed_and_step = None
@@ -605,8 +622,7 @@ class Plan:
                 return tensor
             copy = torch.empty_like(order, dtype=tensor.dtype)
             self._copies.append((tensor, copy, written))
-            # A copy of a frozen parameter is one too, for its shadows to follow it.
-            return nn.Parameter(copy, requires_grad=False) if is_frozen(tensor) else copy
+            return copy
 
         def dense(stream: list[Any] | None, written: bool) -> list[Any] | None:
             if stream is None:
@@ -674,7 +690,7 @@ class Plan:
         decays = None if averages is None else averages.on_host()
         if averages is None or shadows is None or decays is None:
             return
-        copied = [averages.follows_frozen and is_frozen(param) for param in rows.params]
+        copied = [averages.copies(param) for param in rows.params]
 
         def step(_: Tensor | None) -> None:
             values = _composite.Refined(rows.params, rows.refinements).values

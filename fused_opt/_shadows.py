@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_opt._averages import Shadow
+from fused_opt._averages import Shadow, is_frozen
 from fused_opt._ema_names import Names, Slot, check_match, named
 from fused_opt._hyper import HALF_DTYPES
 
@@ -61,6 +61,13 @@ class Shadows:
         self._slots: list[Slot] = []  # what they hold decides these two
         self._held: list[Any] = []
         self._module: nn.Module | None = None  # whose tensors these are
+        # The names of those that do not train. Others may be frozen between steps, and are averaged
+        # then too. The same names are no new registration.
+        self._frozen: list[str] = (
+            old._frozen
+            if old is not None and old.names is names
+            else [name for name, tensor in names.tensors.items() if is_frozen(tensor)]
+        )
         if old is not None and old._module is not None:
             self.keep_in(old._module)
         self.find(names)
@@ -130,6 +137,8 @@ class Shadows:
         shadows = {name: shadows[0] for name, shadows in averaged.items()}
         check_match("the model's tensors", tensors, {**shadows, **copied})
         self.names, self._copied = names, copied
+        #: Parameters that are copied as long as they are frozen.
+        self.frozen = frozenset(tensors[name] for name in self._frozen)
         self.rows = {
             tensors[name]: shadows if len(shadows) > 1 else shadows[0]
             for name, shadows in averaged.items()

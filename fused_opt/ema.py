@@ -55,8 +55,10 @@ class EMA:
     only counts.
 
     Shadows have the parameter's dtype, and float32 for bfloat16 and float16, in which an average
-    with a decay near 1 stops moving. Parameters that share storage have one shadow. Frozen
-    parameters and parameters of integers have one too, and follow the model.
+    with a decay near 1 stops moving. Parameters that share storage have one shadow. Parameters of
+    integers have one too, which copies them, and so does that of a parameter that is frozen as it
+    is registered, for as long as it stays so; one that trains then is averaged also while it is
+    frozen.
 
     Tensors are known by their names in the module, without the parts that ``torch.compile``,
     ``DistributedDataParallel`` and torch's other wrappers put into them.
@@ -323,6 +325,7 @@ class EMA:
         if self._kept.has_changed():
             self._follow_model("update")
         rows, home = self._kept.rows, self._home()
+        self._updates.move_to(home)
         if home.type == "cuda" and (left_to_device or self._gpu_counts):
             return self._averages_by_gpu(rows, home)
         progress = Progress(self._updates.on_host, self._update_every, self._update_after_step)
@@ -331,7 +334,8 @@ class EMA:
         if progress.num_steps < self._update_after_step:
             return Averages(rows, (0.0,) * len(self._decays))
         k = progress.num_updates
-        return Averages(rows, tuple(decay_at(rule, k) for rule in self._decays))
+        decays = tuple(decay_at(rule, k) for rule in self._decays)
+        return Averages(rows, decays, frozen=self._kept.frozen)
 
     def _averages_by_gpu(self, rows: dict[Tensor, Shadow], home: torch.device) -> Averages:
         """The same, for a GPU to evaluate at the count of steps that it alone knows."""
@@ -347,10 +351,11 @@ class EMA:
             rules.append(rule)
         every, after = self._update_every, self._update_after_step
         self._gpu_counts = True
+        averages = Averages(rows, tuple(rules), frozen=self._kept.frozen)
         if (every, after) == (1, 0) and not any(map(callable, rules)):
-            return Averages(rows, tuple(rules))
-        on_gpu = self._updates.on(home)
-        return Averages(rows, tuple(rules), self._updates.on_host, on_gpu, every, after)
+            return averages
+        steps, on_gpu = self._updates.on_host, self._updates.on(home)
+        return averages._replace(steps=steps, on_device=on_gpu, every=every, after=after)
 
     def _copy_buffers(self, gate: Gate | None) -> None:
         """Copies what is not averaged, in a step that is due as far as the host knows.
@@ -371,8 +376,8 @@ class EMA:
         home = self._home()
         if home.type != "cuda":
             return None
-        counter = self._updates.on(home)  # which a capture would come too late to make
-        return Gate(None, [counter], home) if is_capturing(home) else None
+        self._updates.on(home)  # which a capture would come too late to make
+        return Gate(None, [self._updates.counted_on(home)], home) if is_capturing(home) else None
 
     def _subject(self, stream: str, param: Tensor) -> str:
         """Names a tensor at fault by its parameter's name."""

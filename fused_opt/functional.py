@@ -224,7 +224,7 @@ def _check(hyper: SgdHyper) -> None:
 
 def _average(decay: float | Tensor) -> Averages:
     """One average, of whatever is in the lists."""
-    return Averages({}, (decay,), follows_frozen=False)
+    return Averages({}, (decay,))
 
 
 def _check_length(name: str, tensors: Sequence[Any] | None, params: Sequence[Tensor]) -> None:

@@ -583,7 +583,7 @@ class SGD(torch.optim.SGD):
         if averages is not None:
             plan.set_averages(averages)
         started: list[tuple[Rows, SgdHyper]] = []
-        roundings = group_roundings(self.param_groups, self._rounding_steps.held(self._home()))
+        roundings = group_roundings(self.param_groups, self._rounding_steps_on_device())
         for group, rounding in zip(self.param_groups, roundings, strict=True):
             if group["capturable"]:
                 check_capturable(group)
@@ -599,6 +599,15 @@ class SGD(torch.optim.SGD):
             )
         return started
 
+    def _rounding_steps_on_device(self) -> Tensor | None:
+        """What the home has counted; the groups take over what another device has."""
+        steps, home = self._rounding_steps, self._home()
+        if steps.counts_on not in (None, home):
+            for group in self.param_groups:
+                group["rounding_steps"] = self._shifted(group["rounding_steps"], +1)
+            steps = self._rounding_steps = Counter("rounding_steps")
+        return steps.held(home)
+
     def _run(self, clip: Clip | None, found_inf: Tensor | None, averages: Averages | None) -> None:
         """Runs the plan, and counts the step: on the device if only that knows how often."""
         rounding = any(group["stochastic_rounding"] for group in self.param_groups)
@@ -612,7 +621,9 @@ class SGD(torch.optim.SGD):
             return
         if self._ema is not None:
             self._ema._updates.add()
-        if rounding:  # in all groups, as a device does that counts: one may begin to round later
+        if rounding and self._rounding_steps.counts_on is not None:
+            self._rounding_steps.add()
+        elif rounding:  # in all groups, as a device does that counts: one may begin to round later
             for group in self.param_groups:
                 group["rounding_steps"] += 1
 
@@ -630,10 +641,11 @@ class SGD(torch.optim.SGD):
         if not (left_to_device or home.type == "cuda"):
             return None
         # Where they are not needed yet too: in a capture it would be too late to make them.
-        on_home = [counter.on(home) for counter in counters]
+        for counter in counters:
+            counter.on(home)
         if not (left_to_device or is_capturing(home)):
             return None
-        return Gate(found_inf, on_home, home)
+        return Gate(found_inf, [counter.counted_on(home) for counter in counters], home)
 
     def _keep_state(self, started: list[tuple[Rows, SgdHyper]]) -> None:
         states = self._states
@@ -700,6 +712,10 @@ class SGD(torch.optim.SGD):
             self._skip(grad_scale)
             return
         self._max_grad_norm()
+        averages = None
+        if self._ema is not None:
+            with torch.no_grad():  # before anything is changed: a decay may be out of range
+                averages = self._ema._averages(left_to_device=False)
         for group in self.param_groups:
             hyper = SgdHyper.of_group(group, grad_scale)
             for param in group["params"]:
@@ -713,7 +729,6 @@ class SGD(torch.optim.SGD):
                     self._states.keep_momentum(param, new_momentum, hyper)
         if self._ema is not None:
             with torch.no_grad():
-                averages = self._ema._averages(left_to_device=False)
                 if averages is not None:
                     self._plan.run_ema(averages, self._subject)
                     self._ema._copy_buffers(None)

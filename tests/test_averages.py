@@ -6,7 +6,8 @@ What counts on a device runs on the CPU too, where the count is a tensor that th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -89,6 +90,7 @@ class Several(EMA):
         self._updates = Counter("num_updates of the EMA")
         self.rows = shadows_of(params, len(decays), dtype)
         self.decays, self.every, self.after = decays, every, after
+        self.frozen = frozenset(p for p in self.rows if not p.requires_grad)
         self.buffers_copied: list[Gate | None] = []
 
     def _attach(self, optimizer: SGD) -> None: ...
@@ -99,12 +101,15 @@ class Several(EMA):
         self.buffers_copied.append(gate)
 
     def _averages(self, left_to_device: bool) -> Averages | None:
-        timed = Averages(self.rows, self.decays, self._updates._host, None, self.every, self.after)
+        steps = self._updates.on_host
+        timed = Averages(self.rows, self.decays, steps, None, self.every, self.after, self.frozen)
         if left_to_device:
-            home = next(iter(self.rows)).device
-            return timed._replace(on_device=self._updates.on(home))
+            count = self._updates.on(next(iter(self.rows)).device)
+            return timed._replace(steps=int(self._updates) - int(count), on_device=count)
         decays = timed.on_host()
-        return None if decays is None else Averages(self.rows, tuple(decays))
+        if decays is None:
+            return None
+        return Averages(self.rows, tuple(decays), frozen=self.frozen)
 
     def update(self) -> None:
         averages = self._averages(left_to_device=False)
@@ -255,6 +260,26 @@ def test_streams_of_shadows_are_numbered_after_those_of_a_row():
     assert shadow_stream(251) == 255  # a key has 8 bits for it
 
 
+def python_calls(call: Callable[[], object]) -> int:
+    """How many Python functions a call enters."""
+    entered = []
+    sys.setprofile(lambda frame, event, _: entered.append(frame) if event == "call" else None)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return len(entered)
+
+
+def test_an_update_enters_no_python_function_per_parameter(device):
+    counts = []
+    for parameters in (3, 300):
+        ema = EMA(make_params([(4,)] * parameters, device=device), [0.9, 0.5])
+        ema.update()
+        counts.append(python_calls(ema.update))
+    assert counts[0] == counts[1]
+
+
 # --- frozen parameters ---------------------------------------------------------------------------
 
 
@@ -291,39 +316,59 @@ def test_shadows_of_frozen_parameters_copy_them(count, kind, device):
     shadows = {param: tuple(torch.randn_like(values) for _ in range(count))}
     if count == 1:
         shadows = {param: shadows[param][0]}
-    run(Averages(shadows, DECAYS[:count]))
+    run(Averages(shadows, DECAYS[:count], frozen=frozenset([param])))
     for shadow in all_shadows(shadows[param]):
         assert torch.equal(plain(shadow), plain(values))
 
 
 @pytest.mark.parametrize("kind", ["plain", "with gaps", "for torch", "complex"])
 def test_parameters_and_other_tensors_are_averaged(kind, device):
+    """Frozen ones too, if they trained at first; and those that train now, if they did not."""
     values = kinds_of_values(device)[kind]
-    for tensor in (nn.Parameter(values), values):
+    known, other = nn.Parameter(values), frozen(torch.ones(1, device=device))
+    for tensor in (known, values, frozen(values)):
         shadows = {tensor: tuple(torch.zeros_like(values) for _ in range(3))}
-        run(Averages(shadows, (0.0, 0.75, 1.0)))
+        run(Averages(shadows, (0.0, 0.75, 1.0), frozen=frozenset([known, other])))
         for shadow, weight in zip(shadows[tensor], (1.0, 0.25, 0.0), strict=True):
             assert torch.equal(plain(shadow), plain(values) * weight)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_a_parameter_may_be_frozen_between_steps(gradient, device):
+def test_a_parameter_may_be_frozen_and_thawed_between_steps(gradient, device):
+    """It is copied where it was frozen at first, and is so now."""
     params = make_params([(9,), (70,)], device=device)
+    params[0].requires_grad_(False)
     ema = Several(params, (0.5, 0.9))
     optimizer = SGD(params, lr=0.1, ema=ema)
-    set_gradients(params, seed=0)
-    params[1].requires_grad_(False)
-    if not gradient:
-        params[1].grad = None
+    set_gradients(params if gradient else [], seed=0)
+    for first, second in itertools.product((False, True), repeat=2):
+        params[0].requires_grad_(first)
+        params[1].requires_grad_(second)
+        before = copied(ema.rows)
+        optimizer.step()
+        for k, decay in enumerate((0.5, 0.9)):
+            old, new = column(before, k), column(ema.rows, k)
+            assert_ema_update(decay, old[1], params[1], new[1])
+            if first:
+                assert_ema_update(decay, old[0], params[0], new[0])
+            else:
+                assert_same_bits(new[0], params[0])
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_dense_copies_of_frozen_parameters_are_copied_too(gradient, device):
+    """In every group of parameters that have gaps."""
+    params = [frozen(random_tensor((6, 16), device=device, seed=i)[:, ::2]) for i in range(3)]
+    params.append(nn.Parameter(random_tensor((6, 16), device=device, seed=4)[:, ::2]))
+    ema = Several(params, (0.5, 0.9))
+    optimizer = SGD([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, ema=ema)
+    set_gradients(params if gradient else [], seed=0)
     before = copied(ema.rows)
     optimizer.step()
     for k, decay in enumerate((0.5, 0.9)):
-        assert_ema_update(decay, column(before, k)[0], params[0], column(ema.rows, k)[0])
-        assert_same_bits(column(ema.rows, k)[1], params[1])
-    params[1].requires_grad_(True)
-    before = copied(ema.rows)
-    optimizer.step()
-    assert_ema_update(0.9, column(before, 1)[1], params[1], column(ema.rows, 1)[1])
+        for param, shadow in zip(params[:3], column(ema.rows, k), strict=False):
+            assert_same_bits(shadow, param)
+        assert_ema_update(decay, column(before, k)[3], params[3], column(ema.rows, k)[3])
 
 
 def test_functions_average_frozen_parameters_too(device):
@@ -418,7 +463,7 @@ def test_a_count_on_the_device_decides_which_steps_are_due(host, every, after, d
     shadows = shadows_of(params, len(SCHEDULES))
     count = torch.zeros((), dtype=torch.int64, device=device)
     gate = Gate(None, [count], torch.device(device))
-    averages = Averages(shadows, SCHEDULES, host, count, every, after)
+    averages = Averages(shadows, SCHEDULES, host, count, every, after, frozenset(params[2:]))
     for t in range(host, 12):
         before = copied(shadows)
         versions = [shadow._version for shadow in flat(shadows)]

@@ -31,7 +31,8 @@ import fused_opt._counter
 import fused_opt._plan
 import fused_opt.ema
 import fused_opt.sgd
-from fused_opt import EMA, SGD
+from fused_opt import EMA, SGD, schedules
+from fused_opt._counter import Counter
 from fused_opt.functional import sgd_step_
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -320,6 +321,47 @@ def test_counts_of_host_and_device_add_up(device):
     assert ema.num_updates == 5
 
 
+def test_once_a_device_counts_the_host_keeps_its_part(device):
+    """Which captured graphs have as a number."""
+    counter = Counter("a counter", 3)
+    counter.on(device)  # made, and not used yet
+    counter.add()
+    counter.set(5)
+    count = counter.counted_on(device)
+    assert (int(count), int(counter)) == (0, 5)
+    count += 2  # as replays do
+    counter.add()
+    assert (int(count), int(counter)) == (3, 8)
+    for value in (100, 0):
+        counter.set(value)
+        assert (int(count), int(counter)) == (value - 5, value)
+    assert counter.counted_on(device) is counter.on(device) is count
+
+
+def test_a_count_follows_to_another_home():
+    home, other = (torch.device(name) for name in ("cpu", "meta"))
+    counter = Counter("a counter", 3)
+    counter.counted_on(home)
+    counter.add()
+    counter.move_to(home)
+    assert counter.counts_on == home
+    counter.move_to(other)
+    assert counter.counts_on is None
+    assert (counter.on_host, int(counter), int(counter.on(home))) == (4, 4, 0)
+
+
+def test_steps_that_round_stochastically_go_on_counting_where_the_device_does(device):
+    optimizer = build(device, BF16, stochastic_rounding=True, capturable=True)
+    for capturable in (True, False, False):
+        for group in optimizer.param_groups:
+            group["capturable"] = capturable
+        set_gradients(all_params(optimizer), seed=0)
+        optimizer.step()
+    assert [group["rounding_steps"] for group in optimizer.param_groups] == [0, 0]
+    assert [g["rounding_steps"] for g in optimizer.state_dict()["param_groups"]] == [3, 3]
+    assert optimizer.ema.num_steps == 3
+
+
 # --- what a capture finds missing ----------------------------------------------------------------
 
 
@@ -597,6 +639,77 @@ def test_an_average_counts_its_replayed_updates(warm):
     for _ in range(3):
         graph.replay()
     assert ema.num_updates == 4
+
+
+SCHEDULED: dict[str, Any] = {
+    "decay": [schedules.tf_warmup(0.999), schedules.inverse_power(0.99)],
+    "update_every": 2,
+    "update_after_step": 1,
+}
+
+
+def buffered(device: torch.device | str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7)).to(device)
+
+
+def change(model: torch.nn.Module, step: int) -> None:
+    with torch.no_grad():
+        for i, t in enumerate([*model.parameters(), *model.buffers()]):
+            t.copy_(random_tensor(t.shape, F32, t.device, seed=100 * step + i).to(t.dtype))
+
+
+CALLS = ["replay", "eager", "replay", "replay", "set", "replay", "eager", "register", "replay"]
+CALLS += ["eager", "replay", "load", "replay", "eager", "replay"]
+
+
+@cuda
+def test_replays_go_on_from_whatever_has_counted_in_between():
+    """Eager updates, and counts that are set, loaded or started over."""
+    model, twin = buffered("cuda"), buffered("cpu")
+    ema, other = EMA(model, **SCHEDULED), EMA(twin, **SCHEDULED)
+    for each in (ema, other):
+        each.update()
+        each.update()
+    graph = captured(ema.update)
+    state = copy.deepcopy(ema.state_dict())
+    for step, call in enumerate(CALLS):
+        change(model, step)
+        change(twin, step)
+        for each, replay in ((ema, graph.replay), (other, other.update)):
+            if call == "set":
+                each.num_steps = 11
+            elif call == "register":
+                each.register()
+            elif call == "load":
+                each.load_state_dict(state)
+            else:
+                (replay if call == "replay" else each.update)()
+        assert ema.num_steps == other.num_steps, call
+        for a, b in zip(ema._kept.tensors, other._kept.tensors, strict=True):
+            assert_same_bits(a, b, f"call {step}, {call}")
+
+
+@cuda
+@pytest.mark.parametrize("capturable", [True, False])
+def test_steps_between_replays_round_and_average_by_the_same_count(capturable):
+    options = {"decay": SCHEDULED["decay"][0], "lr": 1e-3}
+    optimizer, twin = (
+        build(d, BF16, stochastic_rounding=True, capturable=True, **options)
+        for d in ("cuda", "cpu")
+    )
+    set_gradients(all_params(optimizer), seed=0)
+    graph = captured(optimizer.step)
+    for group in optimizer.param_groups:
+        group["capturable"] = capturable
+    for step in range(8):
+        for each in (optimizer, twin):
+            set_gradients(all_params(each), step)
+        (graph.replay if step % 3 else optimizer.step)()
+        twin.step()
+        assert_all_same_bits(everything(optimizer), everything(twin))
+    assert optimizer.ema.num_steps == 8
+    assert optimizer.state_dict()["param_groups"][0]["rounding_steps"] == 8
 
 
 @cuda

@@ -427,8 +427,9 @@ def test_an_iterable_of_tensors_has_no_buffers():
 
 def test_frozen_parameters_are_copied_at_due_steps_and_averaged_once_they_train():
     model = nn.Linear(1, 1)
+    model.weight.requires_grad_(False)
     ema = EMA(model, [0.5, 0.9], update_every=2)
-    model.weight.requires_grad_(False).fill_(8.0)
+    model.weight.fill_(8.0)
     ema.update()
     assert [average["weight"].item() for average in ema.averages] == [8.0, 8.0]
     model.weight.fill_(4.0)
@@ -437,6 +438,46 @@ def test_frozen_parameters_are_copied_at_due_steps_and_averaged_once_they_train(
     model.weight.requires_grad_(True)
     ema.update()
     assert [average["weight"].item() for average in ema.averages] == pytest.approx([6.0, 7.6])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_trains_in_turns_is_averaged_throughout(inside):
+    """As in a GAN, whose networks are frozen while the other one trains."""
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+    ema = EMA(model, 0.5)
+    optimizer = SGD(model.parameters(), lr=1.0, ema=ema if inside else None)
+    for trains, expected in ((False, 4.0), (True, 6.0), (False, 7.0)):
+        model.weight.data.fill_(8.0)
+        model.requires_grad_(trains)
+        optimizer.step()
+        if not inside:
+            ema.update()
+        assert ema.shadows["weight"].item() == expected
+    model.weight.data.fill_(4.0)
+    optimizer.ema = None
+    ema.register()
+    model.weight.data.fill_(2.0)
+    ema.update()
+    assert ema.shadows["weight"].item() == 2.0  # frozen at the registration
+
+
+@pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))])
+def test_copies_of_an_average_know_what_was_frozen(copied_by):
+    model = nn.Linear(1, 1)
+    model.weight.requires_grad_(False)
+    ema = EMA(model, 0.5)
+    model.bias.requires_grad_(False).fill_(0.0)
+    twin = copied_by(ema)
+    params = twin._kept.names.tensors
+    with torch.no_grad():
+        for param in params.values():
+            param.fill_(8.0)
+    old = twin.shadows["bias"].item()
+    twin.update()
+    assert twin.shadows["weight"].item() == 8.0
+    assert twin.shadows["bias"].item() == pytest.approx((old + 8.0) / 2)
 
 
 def test_tensors_that_are_no_parameters_are_averaged():
@@ -820,7 +861,7 @@ def test_schedules_and_counts_are_left_to_the_gpu_that_counts(counting):
     assert ema._averages(left_to_device=False) == found
     plain = EMA([scalar(1.0)], 0.9)
     counting(plain, 4)
-    assert plain._averages(left_to_device=True)[1:] == ((0.9,), 0, None, 1, 0, True)
+    assert plain._averages(left_to_device=True)[1:] == ((0.9,), 0, None, 1, 0, frozenset())
 
 
 def test_a_function_is_refused_by_name_where_a_gpu_counts_and_nothing_changes(counting):
@@ -1226,3 +1267,19 @@ def test_averages_may_be_kept_in_a_module():
     expected = (before["embed.weight"] + model.embed.weight.detach()) / 2
     torch.testing.assert_close(target.embed.weight.detach(), expected)
     assert ema.shadows["embed.weight"] is target.embed.weight
+
+
+def test_converting_the_shadows_is_no_new_registration():
+    """What was frozen when they were made is copied, and nothing that was frozen later."""
+    model = nn.Linear(1, 1)
+    model.bias.requires_grad_(False)
+    ema = EMA(model, 0.5)
+    model.weight.requires_grad_(False)
+    start = model.weight.detach().clone()
+    ema.to(F32)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+        model.bias.fill_(7.0)
+    ema.update()
+    torch.testing.assert_close(ema.shadows["weight"], start + 0.5)
+    assert ema.shadows["bias"].item() == 7.0

@@ -1282,6 +1282,25 @@ def test_differentiable_step_follows_the_equations(flags, dtype, device):
     trajectory(optimizer, steps=5)
 
 
+def test_a_differentiable_step_with_a_decay_out_of_range_changes_nothing(device):
+    param = random_tensor((3,), device=device).requires_grad_().clone()
+    decays = iter([0.5, 1.5, 0.5])
+    ema = EMA([param], decay=lambda _: next(decays))
+    optimizer = SGD([param], lr=0.1, momentum=0.5, differentiable=True, ema=ema)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    tensors = [param, momentum_of(optimizer, param), ema.shadows["0"]]
+    before = [t.detach().clone() for t in tensors]
+    with pytest.raises(ValueError, match="Invalid decay"):
+        optimizer.step()
+    assert tensors[1] is momentum_of(optimizer, param)
+    for tensor, old in zip(tensors, before, strict=True):
+        assert_same_bits(tensor, old)
+    assert ema.num_steps == 1
+    optimizer.step()
+    assert ema.num_steps == 2
+
+
 def test_differentiable_step_moves_the_average(device):
     params = [random_tensor(shape, device=device, seed=i) for i, shape in enumerate(SHAPES)]
     optimizer = SGD(params, lr=0.1, momentum=0.5, differentiable=True, ema=tracked_by(params))

@@ -169,11 +169,13 @@ class Averages {
     return static_cast<char*>(table_.data[stream][entry]);
   }
 
-  // Whether a vector that is aligned in the first shadow is aligned in all.
+  // Whether a vector that is aligned in the first shadow is aligned in all. A row without shadows
+  // has no entries before it to look at.
   __device__ __forceinline__ bool aligned_alike() const {
+    if (!kMany || shadow(0) == nullptr) return true;
     const auto offset = [&](int a) { return uintptr_t(shadow(a)) % kVectorBytes; };
     bool alike = true;
-    for (int a = 1; kMany && a < count_; ++a) alike = alike && offset(a) == offset(0);
+    for (int a = 1; a < count_; ++a) alike = alike && offset(a) == offset(0);
     return alike;
   }
 
