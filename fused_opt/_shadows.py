@@ -132,8 +132,9 @@ class Shadows:
         """
         tensors, averaged, copied = names.tensors, self.averaged, dict(self.copied)
         for name, copy in copied.items():  # such as caches that grow
-            if not self.is_kept_in_module and copy.shape != tensors[name].shape:
-                copied[name] = torch.empty_like(tensors[name])
+            tensor = tensors[name]
+            if not (self.is_kept_in_module or fits(copy, tensor, tensor.dtype)):
+                copied[name] = torch.empty_like(tensor)
         shadows = {name: shadows[0] for name, shadows in averaged.items()}
         check_match("the model's tensors", tensors, {**shadows, **copied})
         self.names, self._copied = names, copied

@@ -382,6 +382,19 @@ def test_a_copied_buffer_may_grow():
     assert model.cache.tolist() == [0.0] * 5
 
 
+def test_a_copied_buffer_stays_exact_in_another_dtype():
+    model = nn.BatchNorm1d(1)
+    ema = EMA(model, 0.5)
+    optimizer = SGD(model.parameters(), lr=0.1, ema=ema, capturable=True)
+    third = torch.tensor([1 / 3], dtype=F64)
+    model.running_mean = third.clone()
+    optimizer.found_inf = torch.zeros(1)  # decided where the step runs
+    optimizer.step()
+    model.running_mean.zero_()
+    ema.apply_shadow()
+    assert torch.equal(model.running_mean, third)
+
+
 @pytest.mark.parametrize("change", ["deleted", "None"])
 def test_a_buffer_that_is_gone_is_listed_until_it_is_registered(change):
     model = nn.BatchNorm1d(1)
