@@ -95,7 +95,9 @@ class Shadows:
     @property
     def home(self) -> torch.device:
         """The device of the first parameter, where steps are counted if the host does not."""
-        return next(iter(self.names.tensors.values())).device
+        holder, key = next(iter(self.names.params.values()))
+        device: torch.device = holder[key].device
+        return device
 
     @property
     def tensors(self) -> list[Tensor]:
