@@ -426,3 +426,18 @@ def assert_all_same_bits(one: list[Tensor], two: list[Tensor]) -> None:
     assert len(one) == len(two)
     for i, (a, b) in enumerate(zip(one, two, strict=True)):
         assert_same_bits(a, b, f"tensor {i}")
+
+
+class AveragedNet(torch.nn.Module):
+    """What averages trip over: BatchNorm, tied weights, a frozen layer, a layer of bfloat16."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = torch.nn.Linear(6, 4, bias=False)
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.head = torch.nn.Linear(6, 4, bias=False)
+        self.head.weight = self.embed.weight
+        self.frozen = torch.nn.Linear(4, 4).requires_grad_(False)
+        self.low = torch.nn.Linear(4, 3).to(torch.bfloat16)
+        self.register_buffer("cache", torch.zeros(2), persistent=False)

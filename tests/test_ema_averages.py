@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from reference import AveragedNet as Net
 from reference import assert_same_bits, random_tensor
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,21 +20,6 @@ from fused_opt._counter import Counter
 from fused_opt._plan import Gate
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-
-
-class Net(nn.Module):
-    """BatchNorm, tied weights, a frozen layer, and half-precision weights."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embed = nn.Linear(6, 4, bias=False)
-        self.norm = nn.BatchNorm1d(4)
-        self.head = nn.Linear(6, 4, bias=False)
-        self.head.weight = self.embed.weight
-        self.frozen = nn.Linear(4, 4).requires_grad_(False)
-        self.low = nn.Linear(4, 3).to(BF16)
-        self.register_buffer("cache", torch.zeros(2), persistent=False)
 
 
 def train(model: nn.Module, seed: int) -> None:

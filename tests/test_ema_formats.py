@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from reference import AveragedNet as Net
 from reference import assert_same_bits, random_tensor
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
@@ -12,21 +13,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from fused_opt import EMA, schedules
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-
-
-class Net(nn.Module):
-    """BatchNorm, tied weights, a frozen layer, and a layer of bfloat16."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embed = nn.Linear(6, 4, bias=False)
-        self.norm = nn.BatchNorm1d(4)
-        self.head = nn.Linear(6, 4, bias=False)
-        self.head.weight = self.embed.weight
-        self.frozen = nn.Linear(4, 4).requires_grad_(False)
-        self.low = nn.Linear(4, 3).to(BF16)
-        self.register_buffer("cache", torch.zeros(2), persistent=False)
 
 
 BF16_NAMES = ("low.weight", "low.bias")
