@@ -99,6 +99,34 @@ ScheduleHyper make_schedule(int kind, const std::vector<double>& parameters) {
 // What became of a row that was offered.
 enum class Outcome { kAdded, kFresh, kForTorch, kScattered };
 
+// A step of rows on the CPU that is run later, by a thread that knows nothing of Python. Whoever
+// enqueues it keeps the memory that it points to.
+class HostJob {
+ public:
+  HostJob(TensorList list, int threads) : list_(std::move(list)), threads_(threads) {}
+
+  // A copy that is made where averages are updated: addresses, and how many bytes.
+  void add_copy(uintptr_t target, uintptr_t source, int64_t bytes) {
+    list_.copies.push_back(
+        {reinterpret_cast<void*>(target), reinterpret_cast<const void*>(source), bytes});
+  }
+
+  void run() const { cpu::multi_tensor_apply(list_, threads_); }
+
+  // Enqueues it on a CUDA stream.
+  void enqueue([[maybe_unused]] uintptr_t stream) const {
+#if FUSED_OPT_WITH_CUDA
+    cuda::run_on_host([job = *this] { job.run(); }, reinterpret_cast<void*>(stream));
+#else
+    throw std::logic_error("fused_opt was built without CUDA kernels");
+#endif
+  }
+
+ private:
+  TensorList list_;
+  int threads_;
+};
+
 // A step in the making. Python adds tensors, has them checked, and runs them.
 class PyPlan {
  public:
@@ -369,6 +397,9 @@ class PyPlan {
     return 0;
   }
 
+  // What `run` would do on the CPU, to be done later.
+  HostJob host_job(int threads) { return {plan_.list(kCpu), threads}; }
+
   void run(int device, int threads, [[maybe_unused]] uintptr_t memory) {
     const TensorList& list = plan_.list(device);
     if (device == kCpu) {
@@ -602,6 +633,11 @@ PYBIND11_MODULE(_C, module) {
         hyper.grad_scale_scalar = {reinterpret_cast<const void*>(address), is_double};
       });
 
+  py::class_<HostJob>(module, "HostJob")
+      .def("add_copy", &HostJob::add_copy)
+      .def("run", &HostJob::run, py::call_guard<py::gil_scoped_release>())
+      .def("enqueue", &HostJob::enqueue);
+
   py::class_<PyPlan>(module, "Plan")
       .def(py::init())
       .def("clear", &PyPlan::clear)
@@ -624,5 +660,6 @@ PYBIND11_MODULE(_C, module) {
       .def("set_rounding_steps", &PyPlan::set_rounding_steps)
       .def("set_gate", &PyPlan::set_gate)
       .def("memory_bytes", &PyPlan::memory_bytes)
+      .def("host_job", &PyPlan::host_job)
       .def("run", &PyPlan::run);
 }

@@ -84,12 +84,20 @@ FUSED_OPT_HD bool is_skipped(const float* found_inf) {
   return found_inf != nullptr && *found_inf != 0;
 }
 
+// An exact copy, of any dtype.
+struct ByteCopy {
+  void* target;
+  const void* source;
+  int64_t bytes;
+};
+
 struct TensorList {
   std::vector<TensorRow> rows;
   std::vector<Group> groups;
   std::vector<AverageHyper> averages;
   AverageSteps average_steps;
   std::vector<void*> more_shadows;  // of all rows that have shadows: averages.size() - 1 each
+  std::vector<ByteCopy> copies;     // made where averages are updated; on the CPU alone
   Gate gate;
 };
 

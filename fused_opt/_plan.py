@@ -394,6 +394,17 @@ class Plan:
             self._run_by_scalars(devices, clip, gate, counts)
         self._write_copies()
 
+    def host_job(self, found_inf: Tensor | None) -> Any:
+        """What :meth:`run` would do on the CPU, as a native job that is run later.
+
+        The job reads numbers that are tensors, and ``found_inf``, when it runs. Whoever runs it
+        keeps the memory of all tensors, and tells their version counters.
+        """
+        self.check()
+        on_device = None if self._averages is None else self._averages.on_device
+        self._set_scalars(_CPU, None, Gate(found_inf, [], _device_of(_CPU)), None, on_device)
+        return self._native.host_job(torch.get_num_threads())
+
     @property
     def _many_averages(self) -> bool:
         """Whether their rules do not fit into a launch, and take memory on a GPU."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import is_ as _is
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_opt._averages import Shadow, is_frozen
+from fused_opt._averages import Averages, Shadow, is_frozen
 from fused_opt._ema_names import Names, Slot, check_match, named
 from fused_opt._hyper import HALF_DTYPES
+from fused_opt._offload import Offload, host_like, is_away
+from fused_opt._plan import Gate
 
 WIDER = dict.fromkeys(HALF_DTYPES, torch.float32)
 
@@ -26,7 +28,7 @@ class Shadows:
         names: what to track.
         count: how many averages there are.
         dtype: of what stands for real numbers; None for theirs, and float32 for half types.
-        device: of all; None for theirs.
+        device: of all; None for theirs. On the CPU they may be those of tensors on GPUs.
         averages_buffers: whether buffers are averaged.
         old: goes on in its memory, where that stands for the same tensors and fits.
 
@@ -46,15 +48,20 @@ class Shadows:
         self.names = names
         self._averaged: dict[str, tuple[Tensor, ...]] = {}
         self._copied: dict[str, Tensor] = {}
-        known = {} if old is None else old._memory()
+        self._device = device
+        self._offload: Offload | None = None
+        known: dict[str, tuple[Tensor, ...]] = {}
+        if old is not None:
+            old.wait()
+            known = old._memory()
+        _check_devices(names.tensors, device)
         for name, tensor in names.tensors.items():
-            _check_device(name, tensor, device)
             is_number = tensor.is_floating_point() or tensor.is_complex()
             if is_number and (name in names.params or averages_buffers):
                 wanted = _shadow_dtype(name, tensor, dtype)
-                self._averaged[name] = _memory(tensor, wanted, count, known.get(name))
+                self._averaged[name] = self._memory_for(tensor, wanted, count, known.get(name))
             else:
-                (self._copied[name],) = _memory(tensor, tensor.dtype, 1, known.get(name))
+                (self._copied[name],) = self._memory_for(tensor, tensor.dtype, 1, known.get(name))
         #: The tensors that are followed, with their shadows: tuples with several averages.
         self.rows: dict[Tensor, Shadow] = {}
         self._copies: list[CopyGroup] = []
@@ -72,8 +79,58 @@ class Shadows:
             self.keep_in(old._module)
         self.find(names)
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.wait()
+        return {**self.__dict__, "_offload": None}
+
     def _memory(self) -> dict[str, tuple[Tensor, ...]]:
         return {**self._averaged, **{name: (copy,) for name, copy in self._copied.items()}}
+
+    def _memory_for(
+        self, tensor: Tensor, dtype: torch.dtype, count: int, known: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...]:
+        """Memory for so many tensors like one, that which is known if it will do."""
+        if (
+            known is not None
+            and len(known) == count
+            and fits(known[0], tensor, dtype, self._device)
+        ):
+            return known
+        return tuple(memory_like(tensor, dtype, self._device) for _ in range(count))
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether they are on the CPU, and what they stand for on GPUs."""
+        if self._device is None or self._device.type != "cpu" or not self.names.params:
+            return False
+        holder, key = next(iter(self.names.params.values()))
+        return is_away(holder[key])
+
+    def wait(self) -> None:
+        """Waits for updates on the CPU that are under way."""
+        if self._offload is not None:
+            self._offload.wait()
+
+    def planned_on_host(
+        self,
+        averages: Averages,
+        gate: Gate | None,
+        subject: Callable[[str, Tensor], str],
+        refinement: Callable[[Tensor], Tensor | None] | None,
+        stochastic: bool,
+    ) -> Callable[[], None]:
+        """Plans an update of shadows that are offloaded, and the copies: ``Offload.planned``."""
+        copies = self._copied_pairs()
+        return self._offloading().planned(averages, copies, gate, subject, refinement, stochastic)
+
+    def _offloading(self) -> Offload:
+        if self._offload is None:
+            self._offload = Offload(self.home)
+            self._offload.reserve(self.rows, self._copied_pairs())
+        return self._offload
+
+    def _copied_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return [pair for group in self._copies for pair in zip(*group, strict=True)]
 
     @property
     def is_kept_in_module(self) -> bool:
@@ -82,13 +139,15 @@ class Shadows:
 
     @property
     def averaged(self) -> dict[str, tuple[Tensor, ...]]:
-        """What is averaged: the shadow in each average."""
+        """What is averaged: the shadow in each average, once updates under way are done."""
+        self.wait()
         self._find_in_module()
         return self._averaged
 
     @property
     def copied(self) -> dict[str, Tensor]:
-        """The exact copies of everything else."""
+        """The exact copies of everything else, likewise."""
+        self.wait()
         self._find_in_module()
         return self._copied
 
@@ -120,6 +179,8 @@ class Shadows:
 
     def has_changed(self) -> bool:
         """Whether the model, or the module of :meth:`keep_in`, holds something else than it did."""
+        if self.is_offloaded != (self._offload is not None):  # moved to a GPU, or from there
+            return True
         try:
             held = [holder[key] for holder, key in self._slots]
         except KeyError:
@@ -135,8 +196,8 @@ class Shadows:
         tensors, averaged, copied = names.tensors, self.averaged, dict(self.copied)
         for name, copy in copied.items():  # such as caches that grow
             tensor = tensors[name]
-            if not (self.is_kept_in_module or fits(copy, tensor, tensor.dtype)):
-                copied[name] = torch.empty_like(tensor)
+            if not (self.is_kept_in_module or fits(copy, tensor, tensor.dtype, self._device)):
+                copied[name] = memory_like(tensor, tensor.dtype, self._device)
         shadows = {name: shadows[0] for name, shadows in averaged.items()}
         check_match("the model's tensors", tensors, {**shadows, **copied})
         self.names, self._copied = names, copied
@@ -151,6 +212,9 @@ class Shadows:
         if self._module is not None:
             self._slots += _watched(named(self._module))
         self._held = [holder[key] for holder, key in self._slots]
+        self._offload = None
+        if self.is_offloaded:
+            self._offloading()
 
     def copy_exactly(self, where: Tensor | None = None) -> None:
         """Copies what is not averaged.
@@ -206,10 +270,7 @@ def copy_groups(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> list[Co
     """
     groups: dict[Any, CopyGroup] = {}
     for target, source in zip(targets, sources, strict=True):
-        plain = all(
-            type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-            for tensor in (target, source)
-        )
+        plain = is_plain(target) and is_plain(source)
         alike = (target.dtype, source.dtype, target.device, source.device)
         into, out_of = groups.setdefault(alike if plain else id(target), ([], []))
         into.append(target)
@@ -219,8 +280,9 @@ def copy_groups(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> list[Co
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copies the tensors of a group."""
-    if len(targets) == 1:
-        targets[0].copy_(sources[0])
+    if len(targets) == 1 or targets[0].device != sources[0].device:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
     else:
         torch._foreach_copy_(targets, sources)
 
@@ -231,11 +293,20 @@ def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
         _copy(*group)
 
 
-def fits(memory: Tensor | None, tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether there is memory that can hold a tensor in this dtype."""
+def fits(
+    memory: Tensor | None, tensor: Tensor, dtype: torch.dtype, device: torch.device | None
+) -> bool:
+    """Whether there is memory that can hold a tensor in this dtype, on its device if None."""
     if memory is None or memory.dtype != dtype:
         return False
-    return memory.shape == tensor.shape and memory.device == tensor.device
+    return memory.shape == tensor.shape and memory.device == (device or tensor.device)
+
+
+def memory_like(tensor: Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Memory like a tensor's in this dtype, on its device if None."""
+    if device is not None and device.type == "cpu" and is_away(tensor):
+        return host_like(tensor, dtype, tensor)
+    return torch.empty_like(tensor, dtype=dtype, device=device, requires_grad=False)
 
 
 def _watched(names: Names) -> list[Slot]:
@@ -248,15 +319,6 @@ def _tensors_in(module: nn.Module, wanted: Iterable[str]) -> dict[str, Tensor]:
     names = named(module)
     found = names.under_every_name(names.tensors)
     return {name: found[name] for name in wanted if name in found}
-
-
-def _memory(
-    tensor: Tensor, dtype: torch.dtype, count: int, known: tuple[Tensor, ...] | None
-) -> tuple[Tensor, ...]:
-    """Memory for so many tensors like one, that which is known if it will do."""
-    if known is not None and len(known) == count and fits(known[0], tensor, dtype):
-        return known
-    return tuple(torch.empty_like(tensor, dtype=dtype, requires_grad=False) for _ in range(count))
 
 
 def _shadow_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -273,9 +335,32 @@ def _shadow_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch
     return dtype
 
 
-def _check_device(name: str, tensor: Tensor, device: torch.device | None) -> None:
-    if device is not None and device != tensor.device:
+def _check_devices(tensors: dict[str, Tensor], device: torch.device | None) -> None:
+    """Raises ValueError unless shadows can be kept on the device."""
+    away = []
+    for name, tensor in tensors.items():
+        if device is None or device == tensor.device:
+            continue
+        away.append(name)
+        if not (device.type == "cpu" and is_away(tensor)):
+            raise ValueError(
+                f"device: expected that of {name!r}, {tensor.device}, or the CPU for tensors on "
+                f"CUDA, got {device}"
+            )
+        if not is_plain(tensor):
+            raise ValueError(
+                f"device: expected that of {name!r}, {tensor.device}, which is a "
+                f"{type(tensor).__name__} that only torch can copy, got {device}"
+            )
+    if away and len(away) < len(tensors):
+        others = [name for name in tensors if name not in away]
         raise ValueError(
-            f"device: expected that of {name!r}, {tensor.device}, got {device}: shadows are kept "
-            "where the parameters are"
+            f"device: expected all tensors on CUDA to keep their averages on {device}, but "
+            f"{others} are there already"
         )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it has memory of its own that torch's operators work on, unlike a DTensor."""
+    plain_dispatch = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return plain_dispatch and tensor.layout == torch.strided

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -28,7 +29,7 @@ from fused_opt._ema_names import (
 from fused_opt._ema_state import Held, Origin, Progress, Saved, write_own
 from fused_opt._hyper import check_decay
 from fused_opt._plan import Gate, Plan
-from fused_opt._shadows import Shadows, copy_all, fits
+from fused_opt._shadows import Shadows, copy_all, fits, memory_like
 from fused_opt.post_hoc import Snapshot
 from fused_opt.schedules import Schedule, power_function
 
@@ -70,7 +71,12 @@ class EMA:
             of k, or a list of these, for an average each. A one-element tensor may be changed in
             place between updates, and on the parameters' GPU it is read there.
         dtype: of the shadows of real parameters.
-        device: of the shadows, which is that of their parameters; another is refused.
+        device: of the shadows, which is that of their parameters; or ``"cpu"`` for a model on GPUs,
+            which spares their memory. Then a due step copies the parameters to pinned memory, at
+            their bytes over the bus, and the CPU updates the shadows while training goes on. No
+            step waits for it on the host, nor does anything change a parameter before it is copied.
+            :attr:`averages`, :meth:`apply_shadow` and whatever else looks at shadows waits, so ask
+            for them anew rather than keep them. CUDA graphs cannot hold such updates.
         buffers: of a module, all of them: ``"copy"`` keeps one exact copy as of the last due step,
             ``"average"`` averages those of real and complex numbers and copies the others, and
             ``"ignore"`` leaves them to the model.
@@ -311,10 +317,36 @@ class EMA:
         gate = self._gate()
         averages = self._averages(left_to_device=gate is not None)
         if averages is not None:
-            self._plan.run_ema(averages, self._subject, gate)
-            self._copy_buffers(gate)
+            self._run(averages, gate, self._subject)
         if gate is None:
             self._updates.add()
+
+    def _run(
+        self, averages: Averages, gate: Gate | None, subject: Callable[[str, Tensor], str]
+    ) -> None:
+        """Updates all that is kept, apart from an optimizer's pass."""
+        finish = self._planned_besides(averages, gate, subject)
+        in_pass = self._in_pass(averages)
+        if in_pass is not None:
+            self._plan.run_ema(in_pass, subject, gate)
+        finish()
+
+    def _in_pass(self, averages: Averages | None) -> Averages | None:
+        """What of an update is done where the parameters are, in the pass of the step."""
+        return None if self._kept.is_offloaded else averages
+
+    def _planned_besides(
+        self,
+        averages: Averages,
+        gate: Gate | None,
+        subject: Callable[[str, Tensor], str],
+        refinement: Callable[[Tensor], Tensor | None] | None = None,
+        stochastic: bool = False,
+    ) -> Callable[[], None]:
+        """Plans the rest of an update, and returns what does it, to be called after the pass."""
+        if self._kept.is_offloaded:
+            return self._kept.planned_on_host(averages, gate, subject, refinement, stochastic)
+        return partial(self._copy_buffers, gate)
 
     def _averages(self, left_to_device: bool) -> Averages | None:
         """What the next step does to the shadows; None if the host knows that it is not due.
@@ -492,8 +524,8 @@ class EMA:
         """Copies weights into memory that is kept from one time to the next, where it fits."""
         backup = dict(self._backup)
         for name, weight in weights.items():
-            if not fits(backup.get(name), weight, weight.dtype):
-                backup[name] = torch.empty_like(weight)
+            if not fits(backup.get(name), weight, weight.dtype, self._device):
+                backup[name] = memory_like(weight, weight.dtype, self._device)
         # All memory is there before anything is overwritten: running out of it changes nothing.
         self._backup = {name: backup[name] for name in weights}
         copy_all(self._backup.values(), weights.values())

@@ -492,7 +492,8 @@ class SGD(torch.optim.SGD):
         plan = self._plan
         plan.clear(self._subject)
         try:
-            started = self._add_groups(grad_scale, averages)
+            in_pass = None if self._ema is None else self._ema._in_pass(averages)
+            started = self._add_groups(grad_scale, in_pass)
             if max_norm is not None or sought is not None:
                 plan.check()
                 clip = self._take_norm(max_norm, grad_scale)
@@ -505,7 +506,7 @@ class SGD(torch.optim.SGD):
             if max_norm is None:
                 clip = None
             if not skipped:
-                self._run(clip, found_inf, averages)
+                self._run(clip, found_inf, averages, started)
         finally:
             plan.clear(self._subject)
         self._clip = clip
@@ -608,15 +609,26 @@ class SGD(torch.optim.SGD):
             steps = self._rounding_steps = Counter("rounding_steps")
         return steps.held(home)
 
-    def _run(self, clip: Clip | None, found_inf: Tensor | None, averages: Averages | None) -> None:
+    def _run(
+        self,
+        clip: Clip | None,
+        found_inf: Tensor | None,
+        averages: Averages | None,
+        started: list[tuple[Rows, SgdHyper]],
+    ) -> None:
         """Runs the plan, and counts the step: on the device if only that knows how often."""
         rounding = any(group["stochastic_rounding"] for group in self.param_groups)
         counters = [] if self._ema is None else [self._ema._updates]
         counters += [self._rounding_steps] if rounding else []
         gate = self._gate(found_inf, counters) if found_inf is not None or counters else None
-        self._plan.run(clip, gate)
+        finish = None
         if self._ema is not None and averages is not None:
-            self._ema._copy_buffers(gate)
+            finish = self._ema._planned_besides(
+                averages, gate, self._subject, self._refinements(started), rounding
+            )
+        self._plan.run(clip, gate)
+        if finish is not None:
+            finish()
         if gate is not None:
             return
         if self._ema is not None:
@@ -626,6 +638,20 @@ class SGD(torch.optim.SGD):
         elif rounding:  # in all groups, as a device does that counts: one may begin to round later
             for group in self.param_groups:
                 group["rounding_steps"] += 1
+
+    def _refinements(
+        self, started: list[tuple[Rows, SgdHyper]]
+    ) -> Callable[[Tensor], Tensor | None] | None:
+        """What gives the refinement of a parameter, those that this step makes among them."""
+        if not any(group["master_weights"] for group in self.param_groups):
+            return None
+        new = {
+            param: refinement
+            for rows, _ in started
+            for param, refinement in zip(rows.params, rows.refinements or (), strict=False)
+        }
+        states = self._states
+        return lambda param: new.get(param, states.refinement(param))
 
     def _gate(self, found_inf: Tensor | None, counters: list[Counter]) -> Gate | None:
         """What a device decides and counts; None if the host knows that the step is taken once."""
@@ -730,8 +756,7 @@ class SGD(torch.optim.SGD):
         if self._ema is not None:
             with torch.no_grad():
                 if averages is not None:
-                    self._plan.run_ema(averages, self._subject)
-                    self._ema._copy_buffers(None)
+                    self._ema._run(averages, None, self._subject)
             self._ema._updates.add()
 
     def _subject(self, stream: str, param: Tensor) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +89,7 @@ class Several(EMA):
         after: int = 0,
     ) -> None:
         self._updates = Counter("num_updates of the EMA")
+        self._kept = SimpleNamespace(is_offloaded=False)
         self.rows = shadows_of(params, len(decays), dtype)
         self.decays, self.every, self.after = decays, every, after
         self.frozen = frozenset(p for p in self.rows if not p.requires_grad)

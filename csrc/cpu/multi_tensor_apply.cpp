@@ -136,6 +136,9 @@ void multi_tensor_apply(const TensorList& list, int threads) {
     kernels.step(list.rows[r], group, averages, begin, end);
   };
   Shares(list, kCutElements, step).run(threads);
+  if (rule.due && !skipped) {
+    for (const ByteCopy& copy : list.copies) std::memcpy(copy.target, copy.source, copy.bytes);
+  }
   for (int64_t* counter : list.gate.counters) *counter += !skipped;
 }
 

@@ -361,4 +361,15 @@ void scale_grads(const TensorList& grads, const double* coefficient, int device,
                                                                         queue);
 }
 
+void run_on_host(std::function<void()> work, void* stream) {
+  auto owned = std::make_unique<std::function<void()>>(std::move(work));
+  const auto call = [](void* pointer) {
+    const std::unique_ptr<std::function<void()>> work(static_cast<std::function<void()>*>(pointer));
+    (*work)();
+  };
+  check(cudaLaunchHostFunc(static_cast<cudaStream_t>(stream), call, owned.get()),
+        "enqueuing work of the host");
+  owned.release();  // to the call
+}
+
 }  // namespace fused_opt::cuda

@@ -1,6 +1,7 @@
 // The CUDA backend: one launch over all tensors (float64 has its own). Needs no torch, no libcuda.
 #pragma once
 
+#include <functional>
 #include <stdexcept>
 #include <string>
 
@@ -31,6 +32,9 @@ void grad_norm(const TensorList& grads, const ClipHyper& hyper, int device, void
 
 // Enqueues the product of every gradient and *coefficient; nothing is written where that is 1.
 void scale_grads(const TensorList& grads, const double* coefficient, int device, void* stream);
+
+// Enqueues work for a thread of the host, after all that is on the stream. It must not call CUDA.
+void run_on_host(std::function<void()> work, void* stream);
 
 // What one block updates: enough that finding its row costs nothing beside its bytes, small enough
 // that a model fills the last wave of blocks.
