@@ -208,7 +208,7 @@ void for_each_table(const TensorList& grads, Launch launch) {
   };
   table->rows = 0;
   for (const TensorRow& row : grads.rows) {
-    const int64_t more = rules::norm_chunks(row.numel);
+    const int64_t more = rules::sum_chunks(row.numel);
     if (table->rows == Table::kRows || chunks + more > kMaxBlocks) flush();
     const int r = table->rows++;
     table->data[r] = row.data[kGrad];
@@ -345,7 +345,7 @@ void grad_norm(const TensorList& grads, const ClipHyper& hyper, int device, void
   const bool small = grads.rows.size() <= SmallGradTable::kRows;
   double* sums = result + 2;
   int64_t chunks = 0;
-  for (const TensorRow& row : grads.rows) chunks += rules::norm_chunks(row.numel);
+  for (const TensorRow& row : grads.rows) chunks += rules::sum_chunks(row.numel);
   (small ? norm_chunks<SmallGradTable> : norm_chunks<LargeGradTable>)(grads, hyper.infinity, device,
                                                                       queue, sums);
   ClipHyper copy = hyper;
