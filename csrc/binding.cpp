@@ -622,7 +622,6 @@ py::tuple fit_pass(const py::list& streams, const py::list& hypers) {
   Pass pass(PassKind::kSgd);
   auto fit = add_rows(pass, streams, py::none(), kPassStreams);
   if (fit != Pass::Fit::kTorch && !add_hypers(pass, hypers, false, false)) fit = Pass::Fit::kTorch;
-  if (pass.device() != kCpu) fit = Pass::Fit::kTorch;
   return py::make_tuple(int(fit), pass.device(), pass.chunks());
 }
 
@@ -644,7 +643,14 @@ bool run_pass(int kind, const py::list& streams, const py::object& hyper_of, con
     cpu::run_pass(list, threads, results);
     return true;
   }
+#if FUSED_OPT_WITH_CUDA
+  void* stream = reader().current_stream(pass.device());
+  py::gil_scoped_release release;
+  cuda::run_pass(list, pass.device(), stream, results);
+  return true;
+#else
   return false;
+#endif
 }
 
 double evaluate_schedule(int kind, const std::vector<double>& parameters, int64_t k) {

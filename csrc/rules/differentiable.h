@@ -165,9 +165,10 @@ struct EmaBackwardPass {
   }
 };
 
-// Calls body with the rule of a kind.
+// Calls body with the rule of a kind. On the host, which chooses loops and kernels.
 template <typename T, typename Body>
-FUSED_OPT_HD void with_pass(PassKind kind, const PassHyper& hyper, Body body) {
+inline __attribute__((always_inline)) void with_pass(PassKind kind, const PassHyper& hyper,
+                                                     Body body) {
   switch (kind) {
     case PassKind::kSgd:
       return body(SgdPass<T>(hyper));
