@@ -8,7 +8,7 @@ elsewhere, and for derivatives of derivatives, the same equations run as torch o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
+from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -29,8 +29,6 @@ _SGD, _SGD_BACKWARD, _EMA, _EMA_BACKWARD = range(4)  # PassKind in csrc
 _SUMS = 4  # kPassSums: the numbers of a rule
 _TORCH = 2  # of Pass::Fit
 _CPU = -1  # as a device index
-
-_requires_grad = attrgetter("requires_grad")
 
 
 class SgdHypers(NamedTuple):
@@ -65,8 +63,7 @@ def step(
         new_buffers = list(momentum_buffers)
     _check_length("grads", grads, count)
     _check_length("momentum_buffers", new_buffers, count)
-    for name, value in zip(SgdHypers._fields, hypers, strict=True):
-        _check_hyper(name, value, count)
+    hypers = SgdHypers(*map(_checked_hyper, SgdHypers._fields, hypers, [count] * len(hypers)))
     if nesterov:
         _check_nesterov(hypers)
 
@@ -76,7 +73,7 @@ def step(
         [new_params[i] for i in places],
         [grad for grad in grads if grad is not None],
         [new_buffers[i] for i in places],
-        SgdHypers(*(_taken(value, places) for value in hypers)),
+        SgdHypers(*(_taken(h, places) if isinstance(h, list) else h for h in hypers)),
         nesterov,
         maximize,
     )
@@ -95,7 +92,7 @@ def update(
     """``functional.ema_update``; ``out`` is as in :func:`step`."""
     shadows, params = list(shadows), list(params)
     _check_length("params", params, len(shadows))
-    _check_hyper("decay", decay, len(shadows))
+    decay = _checked_hyper("decay", decay, len(shadows))
     for each in _entries(decay):
         if not isinstance(each, Tensor):
             check_decay(each)
@@ -293,12 +290,12 @@ def _are_values_real() -> bool:
 
 
 def _wants_graph(*tensors: Iterable[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(any(map(_requires_grad, some)) for some in tensors)
+    return torch.is_grad_enabled() and any(t.requires_grad for some in tensors for t in some)
 
 
 def _sorted_by(first: list[bool], hypers: Iterable[Hyper]) -> tuple[list[int], list[int] | None]:
     """A row of each rule, and the rule of each row."""
-    columns = [map(id, value) for value in hypers if isinstance(value, (list, tuple))]
+    columns = [map(id, value) for value in hypers if isinstance(value, list)]
     if not columns and (all(first) or not any(first)):
         return [0], None
     keys = list(zip(first, *columns, strict=True))
@@ -464,7 +461,9 @@ def _sgd_forward(
     new_buffers = call.with_momentum(_new(params, None if out is None else out[1]))
     outputs = [new_params, new_buffers]
     if not call.run(_SGD, [list(params), list(grads), list(buffers)], outputs, 0, None):
-        # What there is to write to lies in another order, or elsewhere.
+        if out is None:
+            raise RuntimeError("tensors have changed while they were stepped")
+        # What there is to write to lies in another order, or is of another kind.
         found = _sgd_forward(call, params, grads, buffers)
         return _written(new_params, found[0]), _written(new_buffers, found[1])
     if out is not None:
@@ -477,6 +476,8 @@ def _ema_forward(
 ) -> list[Tensor]:
     new = _new(shadows, out)
     if not call.run(_EMA, [list(shadows), list(params)], [new], 0, None):
+        if out is None:
+            raise RuntimeError("tensors have changed while they were averaged")
         return _written(new, _ema_forward(call, shadows, params))
     if out is not None:
         increment_version(new)
@@ -635,14 +636,9 @@ def _stepped_by_torch(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     for i, param, grad, buffer in zip(rows.places, *rows[1:4], strict=True):
         _check_row(i, {"params": param, "grads": grad, "momentum_buffers": buffer})
-    inputs = [
-        *rows.params,
-        *rows.grads,
-        *rows.buffers,
-        *(n for h in rows.hypers for n in _entries(h)),
-    ]
-    if _wants_graph(t for t in inputs if isinstance(t, Tensor)):
-        _check_no_out(out)
+    if out is not None:
+        numbers = (n for hyper in rows.hypers for n in _entries(hyper))
+        _check_no_graph((*rows.params, *rows.grads, *rows.buffers, *numbers))
     found = [
         _sgd_formula(row, rows.nesterov, rows.maximize)
         for row in map(_SgdRow, *rows[1:4], *(_by_row(h, len(rows.params)) for h in rows.hypers))
@@ -658,9 +654,8 @@ def _updated_by_torch(
 ) -> list[Tensor]:
     for i, (shadow, param) in enumerate(zip(shadows, params, strict=True)):
         _check_row(i, {"shadows": shadow, "params": param})
-    inputs = [*shadows, *params, *_entries(decay)]
-    if _wants_graph(t for t in inputs if isinstance(t, Tensor)):
-        _check_no_out(out)
+    if out is not None:
+        _check_no_graph((*shadows, *params, *_entries(decay)))
     new = list(map(_ema_formula, shadows, params, _by_row(decay, len(shadows))))
     return new if out is None else _written(out, new)
 
@@ -723,44 +718,41 @@ def _number(value: Number, like: Tensor, complement: bool = False) -> Any:
     """A hyper-parameter (or 1 minus it) to compute with, in the dtype of a tensor."""
     if not isinstance(value, Tensor):
         return 1 - value if complement else value
-    dtype = like.dtype.to_real()
+    dtype = like.real.dtype if like.is_complex() else like.dtype
     scalar = value.reshape(()).to(like.device)
     if complement:
         scalar = 1 - scalar.to(torch.promote_types(scalar.dtype, dtype))
     return scalar.to(dtype)
 
 
+@torch.no_grad()
 def _written(out: Sequence[Any], new: Sequence[Any]) -> list[Any]:
     """Moves results to the tensors that are there for them."""
-    return [
-        n if o is None or o is n or n is None else o.detach().copy_(n)
-        for o, n in zip(out, new, strict=True)
-    ]
+    return [n if o is None or n is None else o.copy_(n) for o, n in zip(out, new, strict=True)]
 
 
 # --- Lists and checks
 
 
 def _entries(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else (value,)
+    return value if isinstance(value, list) else (value,)
 
 
 def _entry(value: Any, i: int) -> Any:
     """The hyper-parameter of row i."""
-    return value[i] if isinstance(value, (list, tuple)) else value
+    return value[i] if isinstance(value, list) else value
 
 
 def _by_row(value: Any, rows: int) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else [value] * rows
+    return value if isinstance(value, list) else [value] * rows
 
 
-def _taken(value: Any, indices: list[int]) -> Any:
-    """Some entries of a list, and what is no list as it is."""
-    return [value[i] for i in indices] if isinstance(value, (list, tuple)) else value
+def _taken(values: Sequence[Any], indices: list[int]) -> list[Any]:
+    return [values[i] for i in indices]
 
 
 def _placed(some: Sequence[Any], indices: list[int], count: int) -> list[Any]:
-    """The opposite: None stands for the others."""
+    """The opposite of :func:`_taken`: None stands for the others."""
     placed = [None] * count
     for i, value in zip(indices, some, strict=True):
         placed[i] = value
@@ -772,6 +764,12 @@ def _check_no_out(out: Any) -> None:
         raise ValueError("out: expected no input that requires a gradient, or no_grad")
 
 
+def _check_no_graph(inputs: Iterable[Any]) -> None:
+    """The same, where there is something to write to."""
+    if _wants_graph(t for t in inputs if isinstance(t, Tensor)):
+        _check_no_out(inputs)
+
+
 def _check_length(name: str, found: Sequence[Any], expected: int) -> None:
     if len(found) != expected:
         raise ValueError(
@@ -779,23 +777,32 @@ def _check_length(name: str, found: Sequence[Any], expected: int) -> None:
         )
 
 
-def _check_hyper(name: str, value: Any, count: int) -> None:
-    if isinstance(value, (list, tuple)):
-        _check_length(name, value, count)
-        for i, entry in enumerate(value):
-            _check_number(f"{name}[{i}]", entry)
-    else:
-        _check_number(name, value)
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        as_scalar(value, name)
-    elif not isinstance(value, (int, float)):
+def _checked_hyper(name: str, value: Any, count: int) -> Any:
+    """A hyper-parameter as a number or a tensor, or a list of them."""
+    if _is_number(name, value):
+        return value
+    if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(
             f"{name}: expected a number, a tensor of one element, or a list with one of these per "
             f"parameter, got {type(value).__name__}"
         )
+    entries = list(value)
+    _check_length(name, entries, count)
+    for i, entry in enumerate(entries):
+        if not _is_number(f"{name}[{i}]", entry):
+            raise TypeError(
+                f"{name}[{i}]: expected a number or a tensor of one element, got "
+                f"{type(entry).__name__}"
+            )
+    return entries
+
+
+def _is_number(name: str, value: Any) -> bool:
+    """Whether it is one, or a tensor; that has to be of one real element then."""
+    if isinstance(value, Tensor):
+        as_scalar(value, name)
+        return True
+    return isinstance(value, (float, int, Real))
 
 
 def _check_nesterov(hypers: SgdHypers) -> None:
