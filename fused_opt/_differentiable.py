@@ -8,6 +8,7 @@ elsewhere, and for derivatives of derivatives, the same equations run as torch o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,6 +20,8 @@ from torch.autograd.graph import increment_version
 from fused_opt._cuda_advice import cuda_advice
 from fused_opt._hyper import HALF_DTYPES, as_scalar, check_decay
 from fused_opt._native import native
+
+_module = cache(native)  # importing it each time would cost more than what it is called for
 
 Number: TypeAlias = float | Tensor
 #: One for all parameters, or one for each.
@@ -118,7 +121,7 @@ def _stepped(
     if call is None:
         return _stepped_by_torch(rows, out)
     buffers = call.with_momentum(rows.buffers)
-    hypers = call.tensors()
+    hypers = [number for _, _, number in call.tensors]
     if not _wants_graph(rows.params, rows.grads, (b for b in buffers if b is not None), hypers):
         return _sgd_forward(call, rows.params, rows.grads, buffers, out)
     _check_no_out(out)
@@ -134,7 +137,7 @@ def _updated(
     call = _ema_call(shadows, params, decay)
     if call is None:
         return _updated_by_torch(shadows, params, decay, out)
-    hypers = call.tensors()
+    hypers = [number for _, _, number in call.tensors]
     if not _wants_graph(shadows, params, hypers):
         return _ema_forward(call, shadows, params, out)
     _check_no_out(out)
@@ -170,10 +173,7 @@ class _Call(NamedTuple):
     maximize: bool
     device: int
     chunks: int  # of rules/sums.h, in all rows
-
-    def tensors(self) -> list[Tensor]:
-        """The hyper-parameters that are tensors, one rule's after the other's."""
-        return [n for rule in self.rules for n in rule[:_SUMS] if isinstance(n, Tensor)]
+    tensors: list[tuple[int, int, Tensor]]  # among the numbers: of rule r the number k
 
     def of_rows(self, of_rules: list[Any]) -> list[Any]:
         """For each row, what its rule has."""
@@ -206,7 +206,7 @@ class _Call(NamedTuple):
         return ordered is not None and self._run(kind, [*ordered, *outputs], trusted, sums)
 
     def _run(self, kind: int, streams: list[Any], trusted: int, sums: Tensor | None) -> bool:
-        module = native()
+        module = _module()
         args = (kind, streams, self.rule_of, self.rules, self.nesterov, self.maximize, trusted)
         address = 0 if sums is None else sums.data_ptr()
         if self.device == _CPU:
@@ -227,19 +227,12 @@ class _Call(NamedTuple):
         return torch.empty(size, dtype=torch.float64, device=device)
 
     def derivatives(self, sums: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
-        """For each of :meth:`tensors`, what the kernel has left there."""
+        """For each of the tensors, what the kernel has left there."""
         if sums is None:
             return [None] * len(needed)
-        parts = sums[: _SUMS * len(self.rules)].unbind()
-        found = [
-            (number, parts[_SUMS * r + k])
-            for r, rule in enumerate(self.rules)
-            for k, number in enumerate(rule[:_SUMS])
-            if isinstance(number, Tensor)
-        ]
         return [
-            _alike(part, number) if asked else None
-            for asked, (number, part) in zip(needed, found, strict=True)
+            _alike(sums[_SUMS * r + k], number) if asked else None
+            for asked, (r, k, number) in zip(needed, self.tensors, strict=True)
         ]
 
 
@@ -269,14 +262,20 @@ def _fitting_call(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> _Call | None:
-    module = native()
+    module = _module()
     try:
         fit, device, chunks = module.fit_pass(streams, rules)
     except TypeError:  # an entry is no tensor, and is named later
         return None
     if fit == _TORCH or (device != _CPU and module.cuda_version is None):
         return None
-    return _Call(len(streams[0]), rules, rule_of, nesterov, maximize, device, chunks)
+    tensors = [
+        (r, k, number)
+        for r, rule in enumerate(rules)
+        for k, number in enumerate(rule[:_SUMS])
+        if isinstance(number, Tensor)
+    ]
+    return _Call(len(streams[0]), rules, rule_of, nesterov, maximize, device, chunks, tensors)
 
 
 def _are_values_real() -> bool:
@@ -350,7 +349,8 @@ def _ordered(rows: int, inputs: list[Any], outputs: list[Any]) -> list[Any] | No
 
 def _alike(derivative: Tensor, of: Tensor) -> Tensor:
     """A derivative by a hyper-parameter, in its dtype and shape and on its device."""
-    return derivative.to(of.device, of.dtype, copy=True).reshape(of.shape)
+    derivative = derivative.to(of.device, of.dtype, copy=True)
+    return derivative if derivative.dim() == of.dim() else derivative.reshape(of.shape)
 
 
 # --- The nodes of the graph. A derivative that the kernels do not reach, or that is to have
@@ -366,16 +366,18 @@ class _Asked(NamedTuple):
     @classmethod
     def of(cls, ctx: Any, call: _Call) -> _Asked:
         n, needed = call.rows, ctx.needs_input_grad[1:]  # the first input is the call
-        streams = (len(needed) - len(call.tensors())) // n
-        return cls([needed[k * n : (k + 1) * n] for k in range(streams)], needed[streams * n :])
+        split = len(needed) - len(call.tensors)
+        return cls([needed[k : k + n] for k in range(0, split, n)], needed[split:])
 
     def take(self, rows: list[int]) -> _Asked:
         return self._replace(by_rows=[_taken(stream, rows) for stream in self.by_rows])
 
     def numbers(self, call: _Call) -> list[list[bool]]:
         """Those by the numbers of each rule."""
-        left = iter(self.by_numbers)
-        return [[isinstance(n, Tensor) and next(left) for n in rule[:_SUMS]] for rule in call.rules]
+        found = [[False] * _SUMS for _ in call.rules]
+        for (r, k, _), asked in zip(call.tensors, self.by_numbers, strict=True):
+            found[r][k] = asked
+        return found
 
 
 class _SgdStep(torch.autograd.Function):
@@ -386,12 +388,12 @@ class _SgdStep(torch.autograd.Function):
         n = call.rows
         params, grads, buffers = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n]
         new_params, new_buffers = _sgd_forward(call, params, grads, buffers)
-        needed = _saved_by_sgd(call, _Asked.of(ctx, call).numbers(call))
+        ctx.call, ctx.asked = call, _Asked.of(ctx, call)
+        needed = _saved_by_sgd(call, ctx.asked.numbers(call))
         kept = [
             _kept(call, stream, [rule[k] for rule in needed])
             for k, stream in enumerate((params, grads, buffers, new_buffers))
         ]
-        ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(t for stream in kept for t in stream), *tensors[3 * n :])
         return (*new_params, *new_buffers)
@@ -411,8 +413,8 @@ class _EmaUpdate(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *tensors: Any) -> tuple[Tensor, ...]:
         n = call.rows
         shadows, params = tensors[:n], tensors[n : 2 * n]
-        needed = [rule[0] for rule in _Asked.of(ctx, call).numbers(call)]
-        ctx.call = call
+        ctx.call, ctx.asked = call, _Asked.of(ctx, call)
+        needed = [rule[0] for rule in ctx.asked.numbers(call)]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             *_kept(call, shadows, needed), *_kept(call, params, needed), *tensors[2 * n :]
@@ -431,7 +433,8 @@ def _backward(by_kernel: Any, by_torch: Any, ctx: Any, streams: list[Any], incom
 
     Rows whose outputs nothing depends on are left out: a number may be infinite there.
     """
-    call, asked = ctx.call, _Asked.of(ctx, ctx.call)
+    call: _Call = ctx.call
+    asked: _Asked = ctx.asked
     reached = [any(t is not None for t in row) for row in zip(*streams[:incoming], strict=True)]
     some = [i for i, is_reached in enumerate(reached) if is_reached]
     own_call, own_asked = call, asked
@@ -586,7 +589,7 @@ class _NumberSums:
 
     def __init__(self, call: _Call, asked: _Asked) -> None:
         self.wanted = asked.numbers(call)
-        self._call, self._asked = call, asked
+        self._call = call
         self._sums: dict[tuple[int, int], Tensor] = {}
 
     def add(self, rule: int, number: int, parts: Tensor) -> None:
@@ -594,12 +597,10 @@ class _NumberSums:
         self._sums[key] = _sum(self._sums.get(key), parts.sum())
 
     def all(self) -> list[Tensor | None]:
-        """For each of the call's tensors; None where no row adds to one."""
+        """For each tensor of the call; None where no row adds to one."""
         return [
-            None if (r, k) not in self._sums else _alike(self._sums[r, k], number)
-            for r, rule in enumerate(self._call.rules)
-            for k, number in enumerate(rule[:_SUMS])
-            if isinstance(number, Tensor)
+            _alike(self._sums[r, k], number) if (r, k) in self._sums else None
+            for r, k, number in self._call.tensors
         ]
 
 
@@ -800,7 +801,8 @@ def _checked_hyper(name: str, value: Any, count: int) -> Any:
 def _is_number(name: str, value: Any) -> bool:
     """Whether it is one, or a tensor; that has to be of one real element then."""
     if isinstance(value, Tensor):
-        as_scalar(value, name)
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            as_scalar(value, name)  # which raises
         return True
     return isinstance(value, (float, int, Real))
 

@@ -249,8 +249,8 @@ def sgd_step(
 
     Returns:
         New parameters and new momentum buffers, in which None stands for no momentum. New
-        parameters have the dtypes and memory formats of the old ones; first buffers have those of
-        their parameters.
+        parameters have the dtypes and memory formats of the old ones, and first buffers the dtypes
+        of their parameters.
 
     Raises:
         ValueError: a list of another length, tensors that differ in shape or device, a dtype that

@@ -395,19 +395,19 @@ def test_one_tensor_may_be_several_parameters():
 
 
 def test_entries_of_a_list_are_the_hyper_parameters_of_their_parameters(path, device):
-    shapes = [(5,), (3,), (4,), (2,), (6,)]
+    shapes = [(5,), (3,), (4,), (2,), (6,), (7,)]
     params, grads, buffers = (tensors(shapes, device=device, seed=seed) for seed in (1, 2, 3))
-    buffers[3] = None  # of the same group as the second
+    buffers[3] = None  # of the same group as the second, but for that; the last is of the first's
     lrs = tensors([(), (1,), ()], device=device, seed=4)
     decay = torch.tensor(0.1, dtype=torch.float64, device=device, requires_grad=True)
     hypers: dict[str, Any] = {
-        "lr": [lrs[0], lrs[1], lrs[0], lrs[1], 0.3],
-        "momentum": [0.9, lrs[2], 0, lrs[2], 0.9],
-        "weight_decay": [0.0, decay, decay, decay, 0.1],
+        "lr": [lrs[0], lrs[1], lrs[0], lrs[1], 0.3, lrs[0]],
+        "momentum": [0.9, lrs[2], 0, lrs[2], 0.9, 0.9],
+        "weight_decay": [0.0, decay, decay, decay, 0.1, 0.0],
         "dampening": 0.3,
     }
     result, expected = (call(params, grads, buffers, **hypers) for call in (sgd_step, plain_step))
-    assert [v is None for v in result[1]] == [False, False, True, False, False]
+    assert [v is None for v in result[1]] == [False, False, True, False, False, False]
     assert is_one_node(outputs(result)) == (path == "kernels")
     inputs = [*params, *grads, *(b for b in buffers if b is not None), *lrs, decay]
     found, wanted = (derivatives(outputs(each), inputs) for each in (result, expected))
