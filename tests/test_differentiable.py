@@ -343,7 +343,7 @@ KINDS = {
     "transposed": lambda t: t.t().contiguous().t(),
     "strided": lambda t: torch.stack([t, t], -1)[..., 0],
     "expanded": lambda t: t[:1].expand_as(t),
-    "negated": lambda t: torch.complex(t, t).conj().imag,
+    "negated": torch._neg_view,
     "offset": lambda t: torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view_as(t),
 }
 
@@ -624,6 +624,14 @@ def test_vmap_over_tasks_matches_a_loop():
         lists = ([t[k] for t in some] for some in (params, grads, buffers))
         expected = step(*lists, lr[k])
         torch.testing.assert_close([[t[k] for t in some] for some in found], list(expected))
+
+
+def test_step_inside_vmap_of_tensors_outside():
+    (p,), (g,) = (tensors([(3,)], seed=seed) for seed in (1, 2))
+    found = torch.vmap(lambda x: x * sgd_step([p], [g], lr=0.1)[0][0])(torch.arange(2.0))
+    torch.testing.assert_close(found[1], (p - 0.1 * g))
+    shadows = torch.vmap(lambda x: x * ema_update([p], [g], decay=0.5)[0])(torch.arange(2.0))
+    torch.testing.assert_close(shadows[1], (p + g) / 2)
 
 
 def meta_loss(param: Tensor, lr: Tensor) -> Tensor:
