@@ -916,7 +916,7 @@ def test_tensors_to_write_to_are_refused_where_autograd_has_a_part(path):
 # --- what is returned
 
 
-def test_parameter_without_a_gradient_comes_back_as_it_is(device):
+def test_parameter_without_a_gradient_comes_back_as_it_is(path, device):
     params, grads, buffers = (tensors(device=device, seed=seed) for seed in (1, 2, 3))
     grads[1] = grads[3] = None
     new_params, new_buffers = sgd_step(params, grads, buffers, lr=0.1, momentum=0.9)
@@ -934,7 +934,7 @@ def test_nothing_to_step_is_no_fault():
 
 
 @pytest.mark.parametrize("momentum", [0, 0.9, torch.tensor(0.0)], ids=str)
-def test_buffers_exist_where_there_is_momentum(momentum):
+def test_buffers_exist_where_there_is_momentum(momentum, path):
     params, grads, buffers = (tensors(seed=seed) for seed in (1, 2, 3))
     kept = isinstance(momentum, Tensor) or momentum != 0
     for given in (None, buffers, [None, *buffers[1:]]):
@@ -943,7 +943,7 @@ def test_buffers_exist_where_there_is_momentum(momentum):
 
 
 @pytest.mark.parametrize("grad_mode", [True, False])
-def test_inputs_are_not_written_and_results_are_new_memory(grad_mode, device):
+def test_inputs_are_not_written_and_results_are_new_memory(grad_mode, path, device):
     params, grads, buffers = (tensors(device=device, seed=seed) for seed in (1, 2, 3))
     before = [t.detach().clone() for t in params + grads + buffers]
     versions = [t._version for t in params + grads + buffers]
