@@ -9,6 +9,7 @@
 
 #include "cpu/multi_tensor_apply.h"
 #include "cuda/multi_tensor_apply.h"
+#include "pass.h"
 #include "plan.h"
 #include "rules/norm.h"
 #include "rules/schedule.h"
@@ -314,7 +315,7 @@ class PyPlan {
     int64_t chunks = 0;
     bool has_float64 = false;
     for (const TensorRow& row : plan_.grads(device).rows) {
-      chunks += rules::norm_chunks(row.numel);
+      chunks += rules::sum_chunks(row.numel);
       has_float64 = has_float64 || row.dtype[kGrad] == DType::kFloat64;
     }
     return {chunks, has_float64};
@@ -573,6 +574,116 @@ Group make_group(double lr, double momentum, double dampening, double weight_dec
   return group;
 }
 
+// The rows of a differentiable pass, one list for each stream; None for a list, or in one, where it
+// is absent. Streams from `trusted` on are known to be plain memory.
+Pass::Fit add_rows(Pass& pass, const py::list& streams, const py::object& hyper_of,
+                   size_t trusted) {
+  std::vector<std::pair<PyObject*, int>> lists;  // those that are there, with their stream
+  Py_ssize_t count = 0;
+  for (size_t s = 0; s < streams.size() && s < size_t(kPassStreams); ++s) {
+    PyObject* const list = PyList_GET_ITEM(streams.ptr(), s);
+    if (list == Py_None) continue;
+    const Py_ssize_t length = py::reinterpret_borrow<py::list>(list).size();
+    if (!lists.empty() && length != count) throw py::value_error("expected lists of one length");
+    count = length;
+    lists.emplace_back(list, int(s));
+  }
+  TensorView views[kPassStreams];
+  auto fit = Pass::Fit::kKernels;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    const TensorView* row[kPassStreams] = {};
+    for (const auto& [list, s] : lists) {
+      PyObject* const tensor = PyList_GET_ITEM(list, i);
+      if (tensor == Py_None) continue;
+      const bool is_trusted = size_t(s) >= trusted;
+      if (reader().read_once(tensor, is_trusted, views[s]) == TensorReader::Reach::kTorch) {
+        return Pass::Fit::kTorch;
+      }
+      row[s] = &views[s];
+    }
+    const uint32_t hyper =
+        hyper_of.is_none() ? 0 : PyLong_AsUnsignedLong(PyList_GET_ITEM(hyper_of.ptr(), i));
+    fit = std::max(fit, pass.add_row(row, hyper));
+    if (fit == Pass::Fit::kTorch) break;
+  }
+  return fit;
+}
+
+// Takes a number, or a tensor of one that is read where the pass runs. False if it is out of reach.
+bool read_number(PyObject* object, int device, double& number, DeviceScalar& scalar) {
+  if (PyFloat_Check(object) || PyLong_Check(object)) {
+    number = PyFloat_AsDouble(object);
+    return true;
+  }
+  TensorView view;
+  if (reader().read_once(object, false, view) == TensorReader::Reach::kTorch) return false;
+  const bool is_double = view.dtype == DType::kFloat64;
+  if (!view.has_kernels || view.numel != 1 || !(is_double || view.dtype == DType::kFloat32)) {
+    return false;
+  }
+  scalar = {view.data, is_double};
+  if (view.device == device) return true;
+  if (view.device != kCpu) return false;
+  scalar.read_into(number);
+  scalar = {};
+  return true;
+}
+
+// Takes tuples of kPassSums numbers or tensors and whether there is no momentum.
+bool add_hypers(Pass& pass, const py::list& hypers, bool nesterov, bool maximize) {
+  for (const py::handle entry : hypers) {
+    const auto fields = py::reinterpret_borrow<py::tuple>(entry);
+    if (fields.size() != size_t(kPassSums) + 1) throw py::value_error("expected five fields");
+    PassHyper hyper;
+    hyper.nesterov = nesterov;
+    hyper.maximize = maximize;
+    hyper.plain = fields[kPassSums].ptr() == Py_True;
+    for (int k = 0; k < kPassSums; ++k) {
+      PyObject* const number = fields[k].ptr();
+      if (!read_number(number, pass.device(), hyper.numbers[k], hyper.scalars[k])) return false;
+    }
+    pass.add_hyper(hyper);
+  }
+  return true;
+}
+
+// Whether the kernels can run the forward pass of these tensors, as the number of a Pass::Fit; the
+// device, and the chunks of all rows.
+py::tuple fit_pass(const py::list& streams, const py::list& hypers) {
+  Pass pass(PassKind::kSgd);
+  auto fit = add_rows(pass, streams, py::none(), kPassStreams);
+  if (fit != Pass::Fit::kTorch && !add_hypers(pass, hypers, false, false)) fit = Pass::Fit::kTorch;
+  return py::make_tuple(int(fit), pass.device(), pass.chunks());
+}
+
+// Runs a pass, or returns false where the tensors are not in one order of elements or out of reach;
+// nothing has been written then. With `sums`, an address on the device, writes what PassList says
+// there.
+bool run_pass(int kind, const py::list& streams, const py::object& hyper_of, const py::list& hypers,
+              bool nesterov, bool maximize, size_t trusted, int threads, uintptr_t sums) {
+  Pass pass{PassKind(kind)};
+  if (add_rows(pass, streams, hyper_of, trusted) != Pass::Fit::kKernels) return false;
+  if (!add_hypers(pass, hypers, nesterov, maximize)) return false;
+  const PassList& list = pass.finish();
+  for (const PassRow& row : list.rows) {
+    if (row.hyper >= list.hypers.size()) throw py::value_error("expected the index of a hyper");
+  }
+  double* const results = reinterpret_cast<double*>(sums);
+  if (pass.device() == kCpu) {
+    py::gil_scoped_release release;
+    cpu::run_pass(list, threads, results);
+    return true;
+  }
+#if FUSED_OPT_WITH_CUDA
+  void* stream = reader().current_stream(pass.device());
+  py::gil_scoped_release release;
+  cuda::run_pass(list, pass.device(), stream, results);
+  return true;
+#else
+  return false;
+#endif
+}
+
 double evaluate_schedule(int kind, const std::vector<double>& parameters, int64_t k) {
   if (k < 0) throw py::value_error("evaluate_schedule: expected k >= 0");
   return rules::evaluate(make_schedule(kind, parameters), k);
@@ -599,7 +710,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("ptx_archs") = split(FUSED_OPT_PTX_ARCHS);
   module.attr("chunk_elements") = cuda::kChunkElements;
   module.attr("table_averages") = cuda::kTableAverages;
-  module.attr("norm_chunk_elements") = rules::kNormChunk;
+  module.attr("norm_chunk_elements") = rules::kSumChunk;
   module.attr("norm_lanes") = rules::kLanes<float>;
 #if FUSED_OPT_WITH_CUDA
   module.def("memory_bytes", py::overload_cast<int>(cuda::memory_bytes));
@@ -610,6 +721,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_isas", cpu::isa_levels);
   module.def("set_cpu_isa", cpu::set_isa_level);
   module.def("evaluate_schedule", evaluate_schedule);
+  module.def("fit_pass", fit_pass);
+  module.def("run_pass", run_pass);
+  module.attr("pass_sums") = kPassSums;
 
   py::class_<Group>(module, "Group")
       .def(py::init(&make_group), py::kw_only(), py::arg("lr") = 0, py::arg("momentum") = 0,

@@ -82,22 +82,33 @@ TensorReader::TensorReader() {
 
 TensorReader::Reach TensorReader::read(PyObject* object, SeenTensors& seen, TensorView& view) {
   const bool was_seen = seen.advance(object);
-  if (!plain_type(Py_TYPE(object))) {
-    if (PyObject_IsInstance(object, tensor_type_) != 1) {
-      PyErr_Clear();
-      throw py::type_error(std::string("expected a torch.Tensor, got ") + Py_TYPE(object)->tp_name);
-    }
-    return Reach::kTorch;
-  }
+  if (!is_plain(object)) return Reach::kTorch;
   if (!was_seen) {
     if (negated(object)) return Reach::kTorch;
     seen.remember(object);
   }
+  return describe(object, view);
+}
+
+TensorReader::Reach TensorReader::read_once(PyObject* object, bool trusted, TensorView& view) {
+  if (!is_plain(object) || (!trusted && negated(object))) return Reach::kTorch;
+  return describe(object, view);
+}
+
+TensorReader::Reach TensorReader::describe(PyObject* object, TensorView& view) {
   const bool described =
       api_ != nullptr ? read_dlpack(object, view) : read_attributes(object, view);
   // Wrappers and freed storages show elements without memory.
   if (!described || (view.data == nullptr && view.numel > 0)) return Reach::kTorch;
   return Reach::kKernels;
+}
+
+// Whether the type of a tensor has no dispatcher of its own. Throws if the object is no tensor.
+bool TensorReader::is_plain(PyObject* object) {
+  if (plain_type(Py_TYPE(object))) return true;
+  if (PyObject_IsInstance(object, tensor_type_) == 1) return false;
+  PyErr_Clear();
+  throw py::type_error(std::string("expected a torch.Tensor, got ") + Py_TYPE(object)->tp_name);
 }
 
 bool TensorReader::plain_type(PyTypeObject* type) {

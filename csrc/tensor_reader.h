@@ -44,10 +44,16 @@ class TensorReader {
   // the view is not filled. Throws pybind11::type_error if it is no tensor.
   Reach read(PyObject* object, SeenTensors& seen, TensorView& view);
 
+  // The same for an object that is not remembered. With `trusted` its memory is known to be its
+  // value, and it is not asked.
+  Reach read_once(PyObject* object, bool trusted, TensorView& view);
+
   // The stream that torch runs the device's work on.
   void* current_stream(int device);
 
  private:
+  Reach describe(PyObject* object, TensorView& view);
+  bool is_plain(PyObject* object);
   bool plain_type(PyTypeObject* type);
   bool negated(PyObject* object) const;
   bool read_dlpack(PyObject* object, TensorView& view) const;

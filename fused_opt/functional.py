@@ -1,8 +1,10 @@
-"""Momentum SGD and EMA on lists of tensors, in place, with no optimizer object.
+"""Momentum SGD and EMA on lists of tensors, with no optimizer object.
 
-These are the kernels of :class:`fused_opt.SGD` and :class:`fused_opt.EMA` behind plain functions.
-``torch.compile(fullgraph=True)`` takes both into its graphs, as operators of the same names in
-``torch.ops.fused_opt``.
+:func:`sgd_step_` and :func:`ema_update_` work in place: the kernels of :class:`fused_opt.SGD` and
+:class:`fused_opt.EMA` behind plain functions. ``torch.compile(fullgraph=True)`` takes both into its
+graphs, as operators of the same names in ``torch.ops.fused_opt``.
+
+:func:`sgd_step` and :func:`ema_update` return new tensors, and autograd looks through them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_opt import _ops
+from fused_opt import _differentiable, _ops
 from fused_opt._averages import Averages
 from fused_opt._hyper import (
     SgdHyper,
@@ -203,6 +205,109 @@ def ema_update_(
         plan.set_averages(_average(decay))
         plan.add_ema(list(params), list(shadows))
         plan.run()
+
+
+def sgd_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momentum_buffers: Sequence[Tensor | None] | None = None,
+    *,
+    lr: float | Tensor | Sequence[float | Tensor],
+    momentum: float | Tensor | Sequence[float | Tensor] = 0,
+    weight_decay: float | Tensor | Sequence[float | Tensor] = 0,
+    dampening: float | Tensor | Sequence[float | Tensor] = 0,
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    r"""One step of momentum SGD on every parameter, as new tensors that autograd looks through.
+
+    .. math::
+        d &= \pm g + \lambda p \\
+        v' &= \mu v + (1 - \tau) d \quad (v' = d \text{ at the first step}) \\
+        p' &= p - \eta\,(d + \mu v' \text{ if nesterov, else } v')
+
+    with lr η, momentum μ, weight decay λ, dampening τ. All of them, and p, g and v, may require
+    gradients, and derivatives of any order are exact.
+
+    Hyper-parameters are numbers, tensors of one element, or lists with one of these for each
+    parameter. A tensor is never looked at: one that holds 0 has its term and its gradient, where
+    the number 0 has neither; on a GPU it is read there. A tensor that holds a hyper-parameter is
+    used as the value that it has in its own dtype.
+
+    Args:
+        params: tensors of any shapes and devices.
+        grads: of the same shapes and devices. None leaves a parameter and its buffer as they are,
+            and returns the very same objects.
+        momentum_buffers: of the same shapes and devices. None in the list, or for the list, stands
+            for a parameter's first step, which is not dampened.
+        lr: the learning rate.
+        momentum: the number 0 keeps no buffers; a tensor always does.
+        weight_decay: L2 penalty, added to the gradient.
+        dampening: scales the gradient on its way into the buffer by ``1 - dampening``.
+        nesterov: steps along the momentum of the next step.
+        maximize: ascends instead of descending.
+
+    Returns:
+        New parameters and new momentum buffers, in which None stands for no momentum. New
+        parameters have the dtypes and memory formats of the old ones, and first buffers the dtypes
+        of their parameters.
+
+    Raises:
+        ValueError: a list of another length, tensors that differ in shape or device, a dtype that
+            is neither floating-point nor complex, a hyper-parameter with more than one element, or
+            nesterov with a number as momentum that is not above 0 or as dampening that is not 0.
+        TypeError: an entry is no tensor, or a hyper-parameter no number.
+
+    Example:
+        >>> import torch
+        >>> from fused_opt.functional import sgd_step
+        >>> p, lr = torch.ones(3, requires_grad=True), torch.tensor(0.1, requires_grad=True)
+        >>> (g,) = torch.autograd.grad((p**2).sum(), p, create_graph=True)
+        >>> (new,), buffers = sgd_step([p], [g], lr=lr, momentum=0.9)
+        >>> new.sum().backward()  # through the step, and through the gradient
+        >>> new.detach(), p.grad, lr.grad
+        (tensor([0.8000, 0.8000, 0.8000]), tensor([0.8000, 0.8000, 0.8000]), tensor(-6.))
+    """
+    hypers = _differentiable.SgdHypers(lr, momentum, weight_decay, dampening)
+    return _differentiable.step(params, grads, momentum_buffers, hypers, nesterov, maximize)
+
+
+def ema_update(
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    *,
+    decay: float | Tensor | Sequence[float | Tensor],
+) -> list[Tensor]:
+    r"""One step of the moving average of every parameter, as new tensors for autograd.
+
+    .. math:: s' = \beta s + (1 - \beta) p
+
+    evaluated as ``torch.lerp`` does. Shadows, parameters and decays may require gradients.
+
+    Args:
+        shadows: the averages; tensors of any shapes and devices.
+        params: of the same shapes and devices.
+        decay: β, as the hyper-parameters of :func:`sgd_step`.
+
+    Returns:
+        New shadows, in the dtypes and memory formats of the old ones.
+
+    Raises:
+        ValueError: a list of another length, tensors that differ in shape or device, a dtype that
+            is neither floating-point nor complex, a decay with more than one element, or a number
+            outside [0, 1].
+        TypeError: an entry is no tensor, or a decay no number.
+
+    Example:
+        >>> import torch
+        >>> from fused_opt.functional import ema_update
+        >>> s, decay = torch.zeros(3), torch.tensor(0.75, requires_grad=True)
+        >>> (new,) = ema_update([s], [torch.ones(3)], decay=decay)
+        >>> new.sum().backward()
+        >>> new.detach(), decay.grad
+        (tensor([0.2500, 0.2500, 0.2500]), tensor(-3.))
+    """
+    return _differentiable.update(shadows, params, decay)
 
 
 def _check(hyper: SgdHyper) -> None:

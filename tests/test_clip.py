@@ -83,7 +83,7 @@ def exact_norm(grads: Iterable[Tensor], order: float = 2.0) -> float:
 
 
 def ordered_norm(grads: Sequence[Tensor], order: float = 2.0) -> Tensor:
-    """The norm in fp64, summed in the order of csrc/rules/norm.h."""
+    """The norm in fp64, summed in the order of csrc/rules/sums.h."""
 
     def join(a: Tensor, b: Tensor) -> Tensor:
         return torch.maximum(a, b) if order == INF else a + b

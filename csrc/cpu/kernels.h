@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../pass_list.h"
 #include "../tensor_list.h"
 
 namespace fused_opt::cpu {
@@ -21,10 +22,14 @@ struct Kernels {
   // Updates all streams.
   void (*step)(const TensorRow& row, const Group& group, const Averages& averages, int64_t begin,
                int64_t end);
-  // What the elements of the gradient, one chunk of rules/norm.h, add to its norm.
+  // What the elements of the gradient, one chunk of rules/sums.h, add to its norm.
   double (*norm)(const TensorRow& row, bool infinity, int64_t begin, int64_t end);
   // Multiplies the gradient.
   void (*scale)(const TensorRow& row, double coefficient, int64_t begin, int64_t end);
+  // Runs a differentiable pass. Where `sums` is not null, begin is that of a chunk of rules/sums.h,
+  // and sums[kPassSums * c + k] becomes what chunk c of the row adds to sum k.
+  void (*pass)(PassKind kind, DType dtype, const PassRow& row, const PassHyper& hyper,
+               int64_t begin, int64_t end, double* sums);
 };
 
 }  // namespace fused_opt::cpu

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "../rules/norm.h"
+#include "../rules/sums.h"
 #include "kernels.h"
 
 namespace fused_opt::cpu {
@@ -56,11 +57,11 @@ struct Position {
 constexpr int64_t kCutElements = 64;
 
 // Shares all rows out among threads. They are cut only at multiples of `cut` elements.
-template <typename Body>
+template <typename Row, typename Body>
 class Shares {
  public:
-  Shares(const TensorList& list, int64_t cut, Body body)
-      : rows_(list.rows), cut_(cut), body_(body), cost_before_(rows_.size() + 1, 0) {
+  Shares(const std::vector<Row>& rows, int64_t cut, Body body)
+      : rows_(rows), cut_(cut), body_(body), cost_before_(rows_.size() + 1, 0) {
     for (size_t r = 0; r < rows_.size(); ++r) {
       cost_before_[r + 1] = cost_before_[r] + rows_[r].numel + kRowCost;
     }
@@ -95,19 +96,21 @@ class Shares {
     }
   }
 
-  const std::vector<TensorRow>& rows_;
+  const std::vector<Row>& rows_;
   const int64_t cut_;
   const Body body_;
   std::vector<int64_t> cost_before_;
 };
 
-// Sums what the chunks have added to a norm.
-double total(bool infinity, const std::vector<double>& sums) {
+// Sums what `count` chunks have left, every `stride` doubles.
+template <typename Rule>
+double total(const Rule& rule, const double* sums, int64_t count, int stride = 1) {
   constexpr int kLanes = rules::kLanes<double>;
-  const rules::NormRule<double> rule = {infinity};
-  double lanes[kLanes] = {};
-  for (size_t i = 0; i < sums.size(); ++i) rule.join(lanes[i % kLanes], sums[i]);
-  rule.fold<kLanes>(lanes, int(std::min<size_t>(sums.size(), kLanes)));
+  double lanes[kLanes];
+  const int used = int(std::min<int64_t>(count, kLanes));
+  std::fill_n(lanes, std::max(used, 1), 0.0);
+  for (int64_t i = 0; i < count; ++i) rule.join(lanes[i % kLanes], sums[i * stride]);
+  rules::fold<kLanes>(rule, lanes, used);
   return lanes[0];
 }
 
@@ -135,7 +138,7 @@ void multi_tensor_apply(const TensorList& list, int threads) {
     if (skipped) return reset_grad(list.rows[r], group, begin, end);
     kernels.step(list.rows[r], group, averages, begin, end);
   };
-  Shares(list, kCutElements, step).run(threads);
+  Shares(list.rows, kCutElements, step).run(threads);
   if (rule.due && !skipped) {
     for (const ByteCopy& copy : list.copies) std::memcpy(copy.target, copy.source, copy.bytes);
   }
@@ -149,18 +152,40 @@ void grad_norm(const TensorList& grads, ClipHyper hyper, int threads, double* re
   int64_t chunks = 0;
   for (const TensorRow& row : grads.rows) {
     first_chunk.push_back(chunks);
-    chunks += rules::norm_chunks(row.numel);
+    chunks += rules::sum_chunks(row.numel);
   }
   std::vector<double> sums(chunks, 0.0);
   const auto norm = [&](size_t r, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += rules::kNormChunk) {
-      sums[first_chunk[r] + i / rules::kNormChunk] = kernels.norm(
-          grads.rows[r], hyper.infinity, i, std::min<int64_t>(end, i + rules::kNormChunk));
+    for (int64_t i = begin; i < end; i += rules::kSumChunk) {
+      sums[first_chunk[r] + i / rules::kSumChunk] = kernels.norm(
+          grads.rows[r], hyper.infinity, i, std::min<int64_t>(end, i + rules::kSumChunk));
     }
   };
-  Shares(grads, rules::kNormChunk, norm).run(threads);
-  const rules::ClipRule rule(hyper, total(hyper.infinity, sums));
+  Shares(grads.rows, rules::kSumChunk, norm).run(threads);
+  const rules::NormRule<double> norm_rule = {hyper.infinity};
+  const rules::ClipRule rule(hyper, total(norm_rule, sums.data(), chunks));
   result[0] = rule.norm, result[1] = rule.coefficient;
+}
+
+void run_pass(PassList list, int threads, double* sums) {
+  for (PassHyper& hyper : list.hypers) hyper.read_scalars();
+  const Kernels& kernels = current_level()->kernels;
+  double* const of_chunks = sums == nullptr ? nullptr : sums + list.hypers.size() * kPassSums;
+  const auto pass = [&](size_t r, int64_t begin, int64_t end) {
+    const PassRow& row = list.rows[r];
+    double* const own = sums == nullptr ? nullptr : of_chunks + row.first_chunk * kPassSums;
+    kernels.pass(list.kind, list.dtype, row, list.hypers[row.hyper], begin, end, own);
+  };
+  Shares(list.rows, sums == nullptr ? kCutElements : rules::kSumChunk, pass).run(threads);
+  if (sums == nullptr) return;
+  const std::vector<int64_t> bounds = list.chunk_bounds();
+  for (size_t h = 0; h < list.hypers.size(); ++h) {
+    for (int k = 0; k < kPassSums; ++k) {
+      const double* const own = of_chunks + bounds[h] * kPassSums + k;
+      const int64_t count = bounds[h + 1] - bounds[h];
+      sums[h * kPassSums + k] = total(rules::SumRule<double>(), own, count, kPassSums);
+    }
+  }
 }
 
 void scale_grads(const TensorList& grads, double coefficient, int threads) {
@@ -169,7 +194,7 @@ void scale_grads(const TensorList& grads, double coefficient, int threads) {
   const auto scale = [&](size_t r, int64_t begin, int64_t end) {
     kernels.scale(grads.rows[r], coefficient, begin, end);
   };
-  Shares(grads, kCutElements, scale).run(threads);
+  Shares(grads.rows, kCutElements, scale).run(threads);
 }
 
 std::vector<std::string> isa_levels() {

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../pass_list.h"
 #include "../tensor_list.h"
 
 namespace fused_opt::cpu {
@@ -18,6 +19,11 @@ void grad_norm(const TensorList& grads, ClipHyper hyper, int threads, double* re
 
 // Multiplies every gradient, unless by 1.
 void scale_grads(const TensorList& grads, double coefficient, int threads);
+
+// Runs a differentiable pass. Where `sums` is not null, writes kPassSums sums for each entry of
+// list.hypers there, with the same bits for any number of threads. Behind them it has place for as
+// many of each chunk.
+void run_pass(PassList list, int threads, double* sums);
 
 // The ISA levels that were compiled in and that this machine runs, lowest first.
 std::vector<std::string> isa_levels();

@@ -4,11 +4,13 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <type_traits>
 #include <utility>
 
 #include "hyper_kernel.cuh"
 #include "multi_tensor_apply.h"
 #include "norm_kernel.cuh"
+#include "pass_kernel.cuh"
 #include "step_kernel.cuh"
 
 namespace fused_opt::cuda {
@@ -208,7 +210,7 @@ void for_each_table(const TensorList& grads, Launch launch) {
   };
   table->rows = 0;
   for (const TensorRow& row : grads.rows) {
-    const int64_t more = rules::norm_chunks(row.numel);
+    const int64_t more = rules::sum_chunks(row.numel);
     if (table->rows == Table::kRows || chunks + more > kMaxBlocks) flush();
     const int r = table->rows++;
     table->data[r] = row.data[kGrad];
@@ -223,7 +225,7 @@ void for_each_table(const TensorList& grads, Launch launch) {
 void launch(const void* kernel, int64_t blocks, void** arguments, int device, cudaStream_t stream) {
   preload(kernel, device);
   check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(kThreads), arguments, 0, stream),
-        "launching a kernel on gradients");
+        "launching a kernel");
 }
 
 template <typename Table>
@@ -243,6 +245,80 @@ void scale_chunks(const TensorList& grads, const double* coefficient, int device
     void* arguments[] = {&table, &coefficient};
     launch(reinterpret_cast<const void*>(scale_kernel<Table>), chunks, arguments, device, stream);
   });
+}
+
+// Launches a pass in tables of one size, as many rows in each as fit. The sums of chunks go to
+// `of_chunks`.
+template <typename T, typename Pass, bool kWithSums, typename Table>
+void launch_pass(const PassList& list, int device, cudaStream_t stream, double* of_chunks) {
+  const std::unique_ptr<Table> table(new Table);
+  int64_t chunks = 0;
+  int hypers = 0;
+  uint32_t last_hyper = 0;
+  table->rows = 0;
+  const auto flush = [&] {
+    if (chunks > 0) {
+      void* arguments[] = {table.get(), &of_chunks};
+      launch(reinterpret_cast<const void*>(pass_kernel<T, Pass, kWithSums, Table>), chunks,
+             arguments, device, stream);
+      of_chunks += chunks * kPassSums;
+    }
+    table->rows = hypers = 0;
+    chunks = 0;
+  };
+  for (const PassRow& row : list.rows) {
+    const int64_t more = rules::sum_chunks(row.numel);
+    if (more == 0) continue;
+    bool is_new = hypers == 0 || row.hyper != last_hyper;
+    const bool full = table->rows == Table::kRows || (is_new && hypers == Table::kHypers);
+    if (full || chunks + more > kMaxBlocks) flush(), is_new = true;
+    if (is_new) table->hypers[hypers++] = list.hypers[row.hyper];
+    last_hyper = row.hyper;
+    const int r = table->rows++;
+    for (int s = 0; s < Table::kStreamsOfPass; ++s) table->data[s][r] = row.data[s];
+    table->numel[r] = row.numel;
+    table->first_chunk[r] = uint32_t(chunks);
+    table->hyper[r] = uint8_t(hypers - 1);
+    chunks += more;
+  }
+  flush();
+}
+
+template <typename T, typename Pass, bool kWithSums>
+void launch_pass_as(const PassList& list, int device, cudaStream_t stream, double* of_chunks) {
+  using Small = SmallPassTable<Pass>;
+  using Large = LargePassTable<Pass>;
+  static_assert(sizeof(Small) <= 4096 - kOtherArguments);
+  static_assert(sizeof(Large) <= 32764 - kOtherArguments);
+  const bool small = list.rows.size() <= Small::kRows && list.hypers.size() <= Small::kHypers;
+  (small ? launch_pass<T, Pass, kWithSums, Small>
+         : launch_pass<T, Pass, kWithSums, Large>)(list, device, stream, of_chunks);
+}
+
+template <typename T>
+void launch_pass_in(const PassList& list, int device, cudaStream_t stream, double* of_chunks) {
+  rules::with_pass<T>(list.kind, PassHyper(), [&](const auto& pass) {
+    using Pass = std::decay_t<decltype(pass)>;
+    if constexpr (Pass::kSums > 0) {
+      if (of_chunks) return launch_pass_as<T, Pass, true>(list, device, stream, of_chunks);
+    }
+    launch_pass_as<T, Pass, false>(list, device, stream, nullptr);
+  });
+}
+
+// Launches what makes the sums of all hypers from those of chunks.
+void launch_sums(const PassList& list, int device, cudaStream_t stream, double* sums,
+                 const double* of_chunks) {
+  const std::vector<int64_t> bounds = list.chunk_bounds();
+  const std::unique_ptr<BoundsTable> table(new BoundsTable);
+  const int count = int(list.hypers.size());
+  for (int first = 0; first < count; first += BoundsTable::kHypers) {
+    const int some = std::min(count - first, BoundsTable::kHypers);
+    std::copy_n(bounds.data() + first, some + 1, table->bounds);
+    double* results = sums + int64_t(first) * kPassSums;
+    void* arguments[] = {table.get(), &of_chunks, &results};
+    launch(reinterpret_cast<const void*>(pass_sums_kernel), some, arguments, device, stream);
+  }
 }
 
 // Launches what reads numbers on the device, for all groups and averages, and counts the step
@@ -345,12 +421,21 @@ void grad_norm(const TensorList& grads, const ClipHyper& hyper, int device, void
   const bool small = grads.rows.size() <= SmallGradTable::kRows;
   double* sums = result + 2;
   int64_t chunks = 0;
-  for (const TensorRow& row : grads.rows) chunks += rules::norm_chunks(row.numel);
+  for (const TensorRow& row : grads.rows) chunks += rules::sum_chunks(row.numel);
   (small ? norm_chunks<SmallGradTable> : norm_chunks<LargeGradTable>)(grads, hyper.infinity, device,
                                                                       queue, sums);
   ClipHyper copy = hyper;
   void* arguments[] = {&sums, &chunks, &copy, &result};
   launch(reinterpret_cast<const void*>(clip_kernel), 1, arguments, device, queue);
+}
+
+void run_pass(const PassList& list, int device, void* stream, double* sums) {
+  check_device(device);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  double* const of_chunks = sums ? sums + list.hypers.size() * kPassSums : nullptr;
+  (list.dtype == DType::kFloat64 ? launch_pass_in<double>
+                                 : launch_pass_in<float>)(list, device, queue, of_chunks);
+  if (sums) launch_sums(list, device, queue, sums, of_chunks);
 }
 
 void scale_grads(const TensorList& grads, const double* coefficient, int device, void* stream) {

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../pass_list.h"
 #include "../tensor_list.h"
 
 namespace fused_opt::cuda {
@@ -32,6 +33,10 @@ void grad_norm(const TensorList& grads, const ClipHyper& hyper, int device, void
 
 // Enqueues the product of every gradient and *coefficient; nothing is written where that is 1.
 void scale_grads(const TensorList& grads, const double* coefficient, int device, void* stream);
+
+// Enqueues a differentiable pass. Where `sums` is not null, it is memory on the device as for the
+// CPU's.
+void run_pass(const PassList& list, int device, void* stream, double* sums);
 
 // Enqueues work for a thread of the host, after all that is on the stream. It must not call CUDA.
 void run_on_host(std::function<void()> work, void* stream);

@@ -1,5 +1,5 @@
 // The kernels of clipping: the sums of all chunks, the norm and coefficient that they make, and the
-// product of the gradients and that coefficient. rules/norm.h has the order of summation.
+// product of the gradients and that coefficient. rules/sums.h has the order of summation.
 #pragma once
 
 #include "../rules/norm.h"
@@ -43,10 +43,10 @@ struct GradChunk {
   template <typename Table>
   __device__ __forceinline__ GradChunk(const Table& table, uint32_t block) {
     const int row = row_of(table, block);
-    const int64_t begin = int64_t(block - table.first_chunk[row]) * rules::kNormChunk;
+    const int64_t begin = int64_t(block - table.first_chunk[row]) * rules::kSumChunk;
     dtype = table.dtype[row];
     data = static_cast<char*>(table.data[row]) + begin * element_size(dtype);
-    count = int(min(int64_t(rules::kNormChunk), table.numel[row] - begin));
+    count = int(min(int64_t(rules::kSumChunk), table.numel[row] - begin));
   }
 
   __device__ __forceinline__ char* at(int i) const { return data + i * element_size(dtype); }
@@ -75,11 +75,12 @@ struct GradChunk {
   }
 };
 
-// Folds the lanes of all threads, each in registers of its own, into one. Thread 0 has the result.
-template <typename T>
-__device__ __forceinline__ T fold_block(const rules::NormRule<T>& rule,
-                                        const T (&own)[kOwnLanes<T>], char* shared) {
-  constexpr int N = kOwnLanes<T>, kWarps = kThreads / 32;
+// Folds the lanes of all threads, N neighbours in registers of each, into one. Thread 0 has the
+// result. Before the next fold all threads have to be through with this one.
+template <int N, typename Rule, typename T>
+__device__ __forceinline__ T fold_block(const Rule& rule, const T (&own)[N], char* shared) {
+  constexpr int kWarps = kThreads / 32;
+  static_assert(kThreads * N * int(sizeof(T)) <= rules::kLaneBytes);
   T* const lanes = reinterpret_cast<T*>(shared);
   const int thread = threadIdx.x;
 #pragma unroll
@@ -88,7 +89,7 @@ __device__ __forceinline__ T fold_block(const rules::NormRule<T>& rule,
   T far[N];  // lanes that are kThreads apart
 #pragma unroll
   for (int k = 0; k < N; ++k) far[k] = lanes[thread + k * kThreads];
-  rule.template fold<N>(far);
+  rules::fold<N>(rule, far);
   __syncthreads();
   lanes[thread] = far[0];
   __syncthreads();
@@ -96,12 +97,27 @@ __device__ __forceinline__ T fold_block(const rules::NormRule<T>& rule,
   T near[kWarps];
 #pragma unroll
   for (int k = 0; k < kWarps; ++k) near[k] = lanes[thread + k * 32];
-  rule.template fold<kWarps>(near);
+  rules::fold<kWarps>(rule, near);
 #pragma unroll
   for (int width = 16; width > 0; width /= 2) {
     rule.join(near[0], __shfl_down_sync(0xffffffffu, near[0], width));
   }
   return near[0];
+}
+
+// Folds what `count` chunks have left, every `stride` doubles. Thread 0 has the result.
+template <typename Rule>
+__device__ __forceinline__ double fold_chunks(const Rule& rule, const double* sums, int64_t count,
+                                              int stride, char* shared) {
+  constexpr int N = kOwnLanes<double>;
+  double own[N] = {};
+  for (int64_t i = threadIdx.x * N; i < count; i += rules::kLanes<double>) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      if (i + k < count) rule.join(own[k], sums[(i + k) * stride]);
+    }
+  }
+  return fold_block(rule, own, shared);
 }
 
 template <typename T>
@@ -132,16 +148,8 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     clip_kernel(const double* sums, int64_t count, ClipHyper hyper, double* result) {
   alignas(16) __shared__ char shared[rules::kLaneBytes];
-  constexpr int N = kOwnLanes<double>;
   const rules::NormRule<double> rule = {hyper.infinity};
-  double own[N] = {};
-  for (int64_t i = threadIdx.x * N; i < count; i += rules::kLanes<double>) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if (i + k < count) rule.join(own[k], sums[i + k]);
-    }
-  }
-  const double sum = fold_block(rule, own, shared);
+  const double sum = fold_chunks(rule, sums, count, 1, shared);
   if (threadIdx.x == 0) {
     hyper.read_scalars();
     const rules::ClipRule rule_of_sum(hyper, sum);
