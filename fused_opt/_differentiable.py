@@ -32,6 +32,7 @@ _SGD, _SGD_BACKWARD, _EMA, _EMA_BACKWARD = range(4)  # PassKind in csrc
 _SUMS = 4  # kPassSums: the numbers of a rule
 _TORCH = 2  # of Pass::Fit
 _CPU = -1  # as a device index
+_NODE_ELEMENTS = 1 << 12  # at least, where the memory of fewer is nothing beside a node's own
 
 
 class SgdHypers(NamedTuple):
@@ -51,13 +52,17 @@ def step(
     nesterov: bool,
     maximize: bool,
     out: tuple[Tensors, Tensors] | None = None,
+    in_two: bool = False,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """``functional.sgd_step``, which documents all but ``out``.
+    """``functional.sgd_step``, which documents all but ``out`` and ``in_two``.
 
     ``out`` holds tensors that new parameters and new buffers are written to, of the same shapes and
     dtypes, and which are then returned. They must share no memory with the inputs or with each
     other, and autograd must have no part in the step. Entries of parameters without a gradient are
     not looked at, and for an entry of None there is a new tensor.
+
+    ``in_two`` makes two nodes of a step that is not small. What a node has saved is free once it
+    has run backward, and one alone holds all of that beside all derivatives.
     """
     new_params, grads = list(params), list(grads)
     count = len(new_params)
@@ -81,8 +86,28 @@ def step(
         maximize,
     )
     own_out = None if out is None else (_taken(out[0], places), _taken(out[1], places))
-    for i, param, buffer in zip(places, *_stepped(rows, own_out), strict=True):
+    for i, param, buffer in zip(places, *_stepped(rows, own_out, in_two), strict=True):
         new_params[i], new_buffers[i] = param, buffer
+    return new_params, new_buffers
+
+
+def step_by_torch(
+    params: Sequence[Tensor],
+    grads: Tensors,
+    momentum_buffers: Tensors,
+    hypers: SgdHypers,
+    nesterov: bool,
+    maximize: bool,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """:func:`step` from torch operations: of few small tensors they take less time than a node."""
+    new_params, new_buffers = list(params), list(momentum_buffers)
+    numbers = zip(*(_by_row(value, len(new_params)) for value in hypers), strict=True)
+    rows = zip(params, grads, momentum_buffers, numbers, strict=True)
+    for i, (param, grad, buffer, row_numbers) in enumerate(rows):
+        if grad is not None:
+            _check_row(i, {"params": param, "grads": grad, "momentum_buffers": buffer})
+            row = _SgdRow(param, grad, buffer, *row_numbers)
+            new_params[i], new_buffers[i] = _sgd_formula(row, nesterov, maximize)
     return new_params, new_buffers
 
 
@@ -115,7 +140,7 @@ class _SgdRows(NamedTuple):
 
 
 def _stepped(
-    rows: _SgdRows, out: tuple[Tensors, Tensors] | None
+    rows: _SgdRows, out: tuple[Tensors, Tensors] | None, in_two: bool
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     call = _sgd_call(rows)
     if call is None:
@@ -125,10 +150,34 @@ def _stepped(
     if not _wants_graph(rows.params, rows.grads, (b for b in buffers if b is not None), hypers):
         return _sgd_forward(call, rows.params, rows.grads, buffers, out)
     _check_no_out(out)
-    found: Any = _SgdStep.apply(  # type: ignore[no-untyped-call]
-        call, *rows.params, *rows.grads, *buffers, *hypers
-    )
-    return list(found[: call.rows]), list(found[call.rows :])
+    new_params: list[Tensor] = []
+    new_buffers: list[Tensor | None] = []
+    cut = _third(rows.params) if in_two else 0
+    for part in (slice(0, cut), slice(cut, None)) if cut else (slice(None),):
+        own = call.take(list(range(call.rows))[part]) if cut else call
+        found: Any = _SgdStep.apply(  # type: ignore[no-untyped-call]
+            own, *rows.params[part], *rows.grads[part], *buffers[part], *hypers
+        )
+        new_params += found[: own.rows]
+        new_buffers += found[own.rows :]
+    return new_params, new_buffers
+
+
+def _third(params: list[Tensor]) -> int:
+    """Where a step is cut in two, of which the later runs backward first; 0 if it is small.
+
+    Then the most that it holds is what is saved and four thirds of what the parameters take, both
+    at the end of the first node and at the end of the second.
+    """
+    sizes = list(map(Tensor.numel, params))
+    third, before = sum(sizes) / 3, 0
+    if third < _NODE_ELEMENTS:
+        return 0
+    for i, size in enumerate(sizes):
+        if before + size / 2 > third:  # nearer than the next place
+            return i
+        before += size
+    return 0
 
 
 def _updated(
@@ -686,8 +735,10 @@ def _sgd_formula(row: _SgdRow, nesterov: bool, maximize: bool) -> tuple[Tensor, 
     if row.buffer is None:
         v, buffer_dtype = d.clone() if d is row.grad else d, row.param.dtype
     else:
-        undamped = _number(row.dampening, p, complement=True)
-        v, buffer_dtype = momentum * _dense(row.buffer).to(dtype) + undamped * d, row.buffer.dtype
+        damped = d
+        if _is_on(row.dampening):
+            damped = _number(row.dampening, p, complement=True) * d
+        v, buffer_dtype = momentum * _dense(row.buffer).to(dtype) + damped, row.buffer.dtype
     u = d + momentum * v if nesterov else v
     return (p - lr * u).to(row.param.dtype), v.to(buffer_dtype)
 
@@ -720,7 +771,8 @@ def _number(value: Number, like: Tensor, complement: bool = False) -> Any:
     if not isinstance(value, Tensor):
         return 1 - value if complement else value
     dtype = like.real.dtype if like.is_complex() else like.dtype
-    scalar = value.reshape(()).to(like.device)
+    # One element broadcasts, as long as it has no more dimensions.
+    scalar = (value if value.dim() <= like.dim() else value.reshape(())).to(like.device)
     if complement:
         scalar = 1 - scalar.to(torch.promote_types(scalar.dtype, dtype))
     return scalar.to(dtype)

@@ -134,9 +134,10 @@ def test_wheel_holds_the_package_alone(wheel: Path) -> None:
         files = [name for name in archive.namelist() if not name.endswith("/")]
     names = [name for name in files if ".dist-info/" not in name]
     assert {"fused_opt/py.typed", "fused_opt/doctor.py", "fused_opt/_C.pyi"} <= set(names)
+    assert "fused_opt/higher/__init__.py" in names
     assert len([name for name in names if re.fullmatch(r"fused_opt/_C\..*so", name)]) == 1
     # A folder fused_opt.libs would hold bundled libraries, a second libgomp among them.
-    ours = re.compile(r"fused_opt/(\w+\.(py|pyi|typed)|_C\..*so)")
+    ours = re.compile(r"fused_opt/((higher/)?\w+\.(py|pyi|typed)|_C\..*so)")
     assert [name for name in names if not ours.fullmatch(name)] == []
 
 
