@@ -9,15 +9,19 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture
-def byol(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The example as a module; what it needs may not be there."""
     for package in ("matplotlib", "rich", "sklearn", "typer"):
         pytest.importorskip(package)
     if not EXAMPLES.exists():
         pytest.skip("the tests run outside a checkout")
     monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("byol")
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def byol(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return example("byol", monkeypatch)
 
 
 def table_of(byol: ModuleType, output: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -50,3 +54,29 @@ def test_byol_has_no_batch_of_one_image(byol, tmp_path):
         seed=0,
         output=tmp_path / "byol.png",
     )
+
+
+def rows_of(output: str) -> list[list[str]]:
+    """The rows of a printed table."""
+    lines = [line for line in output.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def test_maml_adapts_better_than_what_was_not_learned(monkeypatch, tmp_path, capsys):
+    maml, output = example("maml", monkeypatch), tmp_path / "new" / "maml.png"
+    maml.main(outer_steps=400, tasks=4, inner_steps=2, seed=0, output=output)
+    learned, unlearned = rows_of(capsys.readouterr().out)
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert float(learned[-1]) < 0.85 * float(unlearned[-1])
+    assert float(learned[-1]) < 0.85 * float(learned[1])
+
+
+def test_toy_prints_derivatives_beside_their_differences(monkeypatch, capsys):
+    example("meta_learning_toy", monkeypatch).main()
+    output = capsys.readouterr().out
+    assert "0.011927987982895929" in output
+    rows = rows_of(output)
+    assert len(rows) == 3
+    for _, _, derivative, difference in rows:
+        assert float(derivative) == pytest.approx(float(difference), rel=1e-4)
+    assert [row[2] for row in rows] == ["-1.6294974", "-0.9496140", "-0.0053114"]
