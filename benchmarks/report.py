@@ -103,7 +103,7 @@ def append_csv(path: Path, new_rows: list[dict[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, list(new_rows[0]), lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerows(new_rows)
