@@ -1,9 +1,9 @@
 """Averages that the CPU keeps of parameters on GPUs, without the host waiting for them.
 
 A step that is due copies the parameters to pinned memory in a side stream, and in the same stream
-hands their shadows to the CPU, as a native job that needs no Python. The streams of training wait, on
-their devices, for the copies alone: whoever changes a parameter next does so after that. The host
-waits where shadows are read.
+hands their shadows to the CPU, as a native job that needs no Python. The streams of training wait,
+on their devices, for the copies alone: whoever changes a parameter next does so after that. The
+host waits where shadows are read.
 """
 
 from __future__ import annotations
@@ -247,3 +247,4 @@ def _real(tensor: Tensor) -> Tensor:
 def _release(streams: SideStreams, *used: Any) -> None:
     """Lets nothing go that a job may still use."""
     streams.wait()
+    del used
