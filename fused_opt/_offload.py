@@ -1,9 +1,9 @@
 """Averages that the CPU keeps of parameters on GPUs, without the host waiting for them.
 
 A step that is due copies the parameters to pinned memory in a side stream, and in the same stream
-hands their shadows to the CPU, as a native job that needs no Python. The streams of training wait, on
-their devices, for the copies alone: whoever changes a parameter next does so after that. The host
-waits where shadows are read.
+hands their shadows to the CPU, as a native job that needs no Python. The streams of training wait,
+on their devices, for the copies alone: whoever changes a parameter next does so after that. The
+host waits where shadows are read.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Offload:
             plan.add_remaining_ema(refinements.get if refinements else None)
             job = plan.host_job(found_inf)
         finally:
-            plan.clear(subject)
+            plan.clear(lambda stream, _: stream)  # the subject may be of an optimizer, which may go
         for copy, staged in made:
             job.add_copy(copy.data_ptr(), staged.data_ptr(), copy.nbytes)
 
@@ -244,6 +244,6 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _release(streams: SideStreams, *used: Any) -> None:
+def _release(streams: SideStreams, *_used: Any) -> None:
     """Lets nothing go that a job may still use."""
     streams.wait()

@@ -1,8 +1,8 @@
 """Averages on the CPU of a model on a GPU: the bits of those beside it, whenever they are read.
 
-Without a GPU the model is on the CPU too and passes for one elsewhere: the copies that a side stream
-would make, the plan of the update and its native job are the real ones, and the job runs as late as
-it may, when somebody waits for it.
+Without a GPU the model is on the CPU too and passes for one elsewhere: the copies that a side
+stream would make, the plan of the update and its native job are the real ones, and the job runs as
+late as it may, when somebody waits for it.
 """
 
 import copy
@@ -370,8 +370,20 @@ def test_memory_outlives_the_average_until_its_last_job_is_done(moved):
     assert all(alive)
 
 
+def test_an_average_outlives_its_optimizer(moved):
+    model = Net()
+    ema = EMA(model, RULES, device="cpu")
+    optimizer = SGD(model.parameters(), lr=0.1, ema=ema)
+    set_gradients(model, 0)
+    optimizer.step()
+    del optimizer
+    gc.collect()
+    ema.update()
+    assert ema.num_steps == 2
+
+
 def test_an_update_tells_the_version_counters_of_its_shadows(moved):
-    model, ema, _, _ = pair(decay=RULES)
+    _, ema, _, _ = pair(decay=RULES)
     shadow = ema.shadows["embed.weight"]
     before = shadow._version
     ema.update()
@@ -553,7 +565,7 @@ def test_on_a_gpu_weights_that_change_at_once_do_not_reach_the_update():
     ema = EMA([weight], 0.5, device="cpu")
     other = torch.cuda.Stream()
     with torch.no_grad():
-        for step in range(5):
+        for _ in range(5):
             torch.cuda._sleep(10_000_000)
             weight.fill_(2.0)
             ema.update()
