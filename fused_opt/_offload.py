@@ -134,7 +134,8 @@ class Offload:
 
         Raises:
             RuntimeError: a CUDA graph is being captured.
-            ValueError: tensors do not fit together, or shadows would be rounded stochastically.
+            ValueError: tensors do not fit together or are no longer on a GPU, or shadows would be
+                rounded stochastically.
         """
         if is_capturing(self._home):
             raise RuntimeError(
@@ -159,7 +160,13 @@ class Offload:
             else:
                 flag = (gate.found_inf != 0).to(torch.float32)
                 found_inf = self._staged("found_inf", flag.reshape(()), flag.reshape(()), pairs)
-        made = [(copy, self._staged(source, source, copy, pairs)) for copy, source in copies]
+        made = [(copy, self._staged_copy(copy, source, pairs)) for copy, source in copies]
+        for _, source in pairs:
+            if not is_away(source):
+                raise ValueError(
+                    "ema: expected all tensors on CUDA to keep their averages on the CPU, but one "
+                    f"of shape {tuple(source.shape)} is on {source.device}"
+                )
 
         plan = self._plan
         plan.clear(lambda stream, value: subject(stream, owners[value]))
@@ -174,8 +181,8 @@ class Offload:
 
         def begin() -> None:
             shadows = [s for shadow in averages.shadows.values() for s in all_shadows(shadow)]
-            increment_version(shadows)
             self._shadows[:] = [*shadows, *(copy for copy, _ in made)]
+            increment_version(self._shadows)
             self._streams.copy_out(pairs)
             self._streams.run(job)
 
@@ -229,12 +236,23 @@ class Offload:
             number = number.double()
         return self._staged(average, number, number, pairs)
 
+    def _staged_copy(self, copy: Tensor, source: Tensor, pairs: list[Pair]) -> Tensor:
+        """Where a tensor will be copied to, byte for byte as its exact copy will be."""
+        if copy.shape != source.shape:
+            raise ValueError(
+                f"ema: expected a tensor of shape {tuple(copy.shape)}, which it had when it was "
+                f"registered, got {tuple(source.shape)}; call register()"
+            )
+        return self._staged(source, source.to(copy.dtype), copy, pairs)
+
     def _staged(self, key: Hashable, source: Tensor, like: Tensor, pairs: list[Pair]) -> Tensor:
         """Where a tensor will be copied to, in the order of another."""
         host = self._memory.get(key)
-        if host is None or (host.shape, host.dtype) != (source.shape, source.dtype):
+        order = like if like.shape == source.shape else source  # which the plan refuses
+        expected = source.shape, source.dtype, order.stride()
+        if host is None or (host.shape, host.dtype, host.stride()) != expected:
             self.wait()  # once: what held it may be in use
-            host = self._memory[key] = host_like(like, source.dtype, source)
+            host = self._memory[key] = host_like(order, source.dtype, source)
         pairs.append((host, source.detach()))
         return host
 

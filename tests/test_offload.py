@@ -384,15 +384,16 @@ def test_an_average_outlives_its_optimizer(moved):
 
 def test_an_update_tells_the_version_counters_of_its_shadows(moved):
     _, ema, _, _ = pair(decay=RULES)
-    shadow = ema.shadows["embed.weight"]
-    before = shadow._version
+    kept = [ema.shadows["embed.weight"], ema.state_dict()["buffers"]["norm.running_mean"]]
+    before = [tensor._version for tensor in kept]
     ema.update()
-    assert shadow._version == before + 1
+    assert [tensor._version for tensor in kept] == [version + 1 for version in before]
 
 
 def test_numbers_that_are_on_the_host_are_read_at_once(moved, monkeypatch):
-    monkeypatch.setattr(_offload, "is_away", lambda tensor: tensor.dim() > 0)
     decay, found_inf = torch.tensor(0.9, dtype=F16), torch.zeros(())
+    here = (decay.data_ptr(), found_inf.data_ptr())
+    monkeypatch.setattr(_offload, "is_away", lambda tensor: tensor.data_ptr() not in here)
     model, ema, twin, twin_ema = pair(decay=decay)
     optimizer = SGD(model.parameters(), lr=0.1, capturable=True, ema=ema)
     twin_optimizer = SGD(twin.parameters(), lr=0.1, ema=twin_ema)
@@ -472,6 +473,75 @@ def test_replaced_tensors_and_buffers_that_grow_are_followed(moved):
     with pytest.raises(ValueError, match=r"frozen\.weight"):
         ema.update()
     assert ema.num_steps == 4
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (5, 4)])
+def test_a_weight_that_has_another_shape_is_refused_before_anything_changes(moved, shape):
+    model = Net()
+    ema = EMA(model, RULES, device="cpu")
+    optimizer = SGD(model.parameters(), lr=0.1, ema=ema)
+    set_gradients(model, 0)
+    optimizer.step()
+    model.frozen.weight.data = torch.zeros(shape)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"shadows of .* expected shape"):
+        optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert_same_bits(tensor, before[name], name)
+    assert (ema.num_steps, LateStreams.started) == (1, 1)
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (1000,)])
+def test_a_buffer_that_has_another_shape_is_refused_before_anything_changes(moved, shape):
+    model = Net()
+    ema = EMA(model, RULES, device="cpu")
+    model.cache.data = torch.ones(shape)
+    with pytest.raises(ValueError, match=r"expected a tensor of shape \(2,\)"):
+        ema.update()
+    assert (ema.num_steps, LateStreams.started) == (0, 0)
+    ema.register()
+    ema.update()
+
+
+def test_a_buffer_whose_numbers_have_another_dtype_is_converted(moved):
+    model, ema, twin, twin_ema = pair(decay=RULES)
+    for net, each in ((model, ema), (twin, twin_ema)):
+        net.cache.data = torch.tensor([1.5, 1e300], dtype=torch.float64)
+        each.update()
+        assert each._kept.copied["cache"].tolist() == [1.5, float("inf")]
+
+
+@pytest.mark.parametrize("which", ["low.weight", "norm.running_mean"])
+def test_a_tensor_that_has_left_the_gpu_is_refused_before_anything_changes(
+    moved, monkeypatch, which
+):
+    model = Net()
+    ema = EMA(model, RULES, device="cpu")
+    optimizer = SGD(model.parameters(), lr=0.1, ema=ema)
+    set_gradients(model, 0)
+    here = model.state_dict()[which].data_ptr()
+    monkeypatch.setattr(_offload, "is_away", lambda tensor: tensor.data_ptr() != here)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"expected all tensors on CUDA .* is on cpu"):
+        optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert_same_bits(tensor, before[name], name)
+    assert (ema.num_steps, LateStreams.started) == (0, 0)
+
+
+def test_a_shadow_whose_memory_was_replaced_is_updated_or_refused(moved):
+    one, two = nn.Parameter(torch.zeros(4, 5)), nn.Parameter(torch.zeros(4, 5))
+    ema, twin = EMA([one], 0.5, device="cpu"), EMA([two], 0.5)
+    for param, each in ((one, ema), (two, twin)):
+        each.shadows["0"].data = torch.zeros(5, 4).t()
+        with torch.no_grad():
+            param.fill_(1.0)
+        each.update()
+    assert_same_bits(ema.shadows["0"], twin.shadows["0"])
+    ema.shadows["0"].data = torch.zeros(4, 10)[:, ::2]
+    with pytest.raises(ValueError, match="without gaps"):
+        ema.update()
+    assert ema.num_steps == 1
 
 
 def test_a_model_may_move_to_the_gpu_after_its_average_was_made(moved):
