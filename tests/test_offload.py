@@ -198,6 +198,18 @@ def test_steps_have_the_bits_of_an_average_beside_the_model(moved, options):
         assert_same_bits(param.detach(), expected.detach())
 
 
+def test_a_group_that_has_given_up_its_masters_is_averaged_as_it_is(moved):
+    model, ema, twin, twin_ema = pair(decay=RULES)
+    for net, each in ((model, ema), (twin, twin_ema)):
+        groups = [{"params": [net.low.weight]}, {"params": [net.low.bias]}]
+        optimizer = SGD(groups, lr=0.1, ema=each, master_weights="fp32")
+        for step in range(3):
+            set_gradients(net, step)
+            optimizer.step()
+            optimizer.param_groups[0]["master_weights"] = None
+    assert_same(ema, twin_ema)
+
+
 @pytest.mark.parametrize("dtype", [F32, F16])
 def test_steps_that_a_device_skips_change_no_average_buffer_or_count(moved, dtype):
     timing = {"update_every": 2, "update_after_step": 1}
