@@ -9,7 +9,7 @@ host waits where shadows are read.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,7 +88,7 @@ class Offload:
     """
 
     def __init__(self, home: torch.device) -> None:
-        self._home = home
+        self.home = home
         self._streams = SideStreams(home)
         self._plan = Plan()
         self._memory: dict[Hashable, Tensor] = {}  # what is copied into, by what is copied
@@ -100,13 +100,17 @@ class Offload:
         """Waits until all shadows are what the steps so far have made of them."""
         self._streams.wait()
 
-    def reserve(self, shadows: Mapping[Tensor, Shadow], copies: Iterable[Pair]) -> None:
+    def reserve(self, shadows: Mapping[Tensor, Shadow], copies: Sequence[Pair]) -> None:
         """Takes the memory that a step copies parameters into, and gives back what has no use.
 
-        To take pinned memory may wait for GPUs, and is not for a step.
+        To take pinned memory may wait for GPUs, and is not for a step. What is there stays.
         """
         self.wait()
-        self._memory.clear()
+        used = {*shadows, *(source for _, source in copies)}
+        for key in list(self._memory):
+            tensor = key[0] if isinstance(key, tuple) else key
+            if isinstance(tensor, Tensor) and tensor not in used:
+                del self._memory[key]
         pairs: list[Pair] = []
         for param, shadow in shadows.items():
             self._staged(param, param, all_shadows(shadow)[0], pairs)
@@ -137,7 +141,7 @@ class Offload:
             ValueError: tensors do not fit together or are no longer on a GPU, or shadows would be
                 rounded stochastically.
         """
-        if is_capturing(self._home):
+        if is_capturing(self.home):
             raise RuntimeError(
                 "ema: expected its shadows on the GPU while a CUDA graph is captured, which cannot "
                 "hold updates on the CPU"

@@ -449,6 +449,26 @@ def test_a_capture_is_refused_before_anything_changes(moved, monkeypatch):
     assert_same(ema, twin_ema)
 
 
+def test_looks_leave_the_memory_that_steps_copy_into(moved):
+    model, ema, twin, twin_ema = pair(decay=RULES)
+    ema.update()
+    twin_ema.update()
+    offload = ema._kept._offload
+    before = dict(offload._memory)
+    for _ in range(2):
+        ema.swap()
+        ema.state_dict()
+    model.norm.running_mean = twin.norm.running_mean = torch.full((4,), 3.0)
+    ema.update()
+    twin_ema.update()
+    assert_same(ema, twin_ema)
+    assert ema._kept._offload is offload
+    now = offload._memory
+    changed = [key for key in {**before, **now} if before.get(key) is not now.get(key)]
+    assert len(changed) == 2  # what there was of the buffer, and what there is
+    assert len(now) == len(before)
+
+
 def test_swaps_keep_the_weights_on_the_host(moved):
     model, ema, twin, twin_ema = pair(decay=0.9)
     before = copy.deepcopy(model.state_dict())
@@ -554,6 +574,15 @@ def test_a_shadow_whose_memory_was_replaced_is_updated_or_refused(moved):
     with pytest.raises(ValueError, match="without gaps"):
         ema.update()
     assert ema.num_steps == 1
+
+
+def test_a_step_of_a_model_that_has_lost_its_first_weight_says_so(moved):
+    model = nn.Linear(2, 2)
+    ema = EMA(model, device="cpu")
+    optimizer = SGD(model.parameters(), lr=0.1, ema=ema)
+    del model.weight
+    with pytest.raises(RuntimeError, match=r"lost \['weight'\]"):
+        optimizer.step()
 
 
 def test_a_model_may_move_to_the_gpu_after_its_average_was_made(moved):
