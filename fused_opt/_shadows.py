@@ -198,7 +198,8 @@ class Shadows:
         for name, copy in copied.items():  # such as caches that grow
             tensor = tensors[name]
             if not (self.is_kept_in_module or fits(copy, tensor, tensor.dtype, self._device)):
-                copied[name] = memory_like(tensor, tensor.dtype, self._device)
+                memory = memory_like(tensor, tensor.dtype, self._device)
+                copied[name] = memory.copy_(tensor.detach())  # may be read before the next update
         shadows = {name: shadows[0] for name, shadows in averaged.items()}
         check_match("the model's tensors", tensors, {**shadows, **copied})
         self.names, self._copied = names, copied
