@@ -40,6 +40,16 @@ def host_like(tensor: Tensor, dtype: torch.dtype, source: Tensor) -> Tensor:
     )
 
 
+def laid_out_like(host: Tensor, source: Tensor) -> Tensor:
+    """A tensor in the order of one on the host, whose bytes can be copied into it as they are.
+
+    ``copy_`` would conjugate, negate or reorder them on the host, at once, as if they were there.
+    """
+    if source.stride() == host.stride() and not (source.is_conj() or source.is_neg()):
+        return source
+    return torch.empty_like(host, device=source.device).copy_(source)
+
+
 class SideStreams:
     """A stream for copies on each GPU. That of ``home`` runs jobs on the CPU too, in their turn."""
 
@@ -66,7 +76,7 @@ class SideStreams:
             side.wait_stream(self._home)
             with torch.cuda.stream(side):
                 for host, source in own:
-                    host.copy_(source, non_blocking=True)
+                    host.copy_(laid_out_like(host, source), non_blocking=True)
             training.wait_stream(side)
             self._home.wait_stream(side)
 

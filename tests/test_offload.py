@@ -36,7 +36,7 @@ class LateStreams:
     def copy_out(self, pairs) -> None:
         self.wait()
         for host, source in pairs:
-            host.copy_(source)
+            host.copy_(_offload.laid_out_like(host, source))
 
     def run(self, job) -> None:
         LateStreams.started += 1
@@ -152,6 +152,21 @@ def test_large_tensors_of_every_kind_in_any_order_of_memory(moved):
                 torch.testing.assert_close(average[name], shadow)
             else:
                 assert_same_bits(average[name], shadow, name)
+
+
+def test_what_is_copied_out_has_the_bytes_of_the_memory_that_it_is_copied_into():
+    base = random_tensor((2, 3, 4, 5), F32, seed=1)
+    twisted = torch.complex(base, 2 * base).conj()
+    last = base.contiguous(memory_format=torch.channels_last)
+    for source in (base, last, base[..., ::2], twisted, twisted.imag, base[:0]):
+        for order in (torch.contiguous_format, torch.channels_last):
+            host = torch.empty_like(source, memory_format=order)
+            found = _offload.laid_out_like(host, source)
+            assert found.stride() == host.stride()
+            assert not found.is_conj()
+            assert not found.is_neg()
+            assert torch.equal(found, source)
+    assert _offload.laid_out_like(torch.empty_like(last), last) is last
 
 
 def test_tensors_that_hold_a_decay_are_read_as_they_were_at_the_update(moved):
@@ -684,6 +699,28 @@ def test_on_a_gpu_weights_that_change_at_once_do_not_reach_the_update():
             with torch.cuda.stream(other):
                 other.wait_stream(torch.cuda.default_stream())
     assert set(ema.shadows["0"].unique().tolist()) == {2.0 - 2.0 * 0.5**5}
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_weights_in_another_order_or_conjugated_are_copied_out_without_waiting():
+    base = random_tensor((8, 3, 64, 64), F32, seed=1)
+    twisted = torch.complex(base, 2 * base)
+    last = base.contiguous(memory_format=torch.channels_last)
+    weights = [nn.Parameter(last.cuda()), nn.Parameter(twisted.cuda().conj())]
+    ema = EMA(weights, 0.0, device="cpu")
+    weights[0].data = weights[0].data.contiguous()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            with torch.no_grad():
+                weights[0].mul_(2.0)
+                weights[1].mul_(2.0)
+            ema.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(ema.shadows["0"], 8.0 * base)
+    assert torch.equal(ema.shadows["1"], 8.0 * twisted.conj())
 
 
 @pytest.mark.cuda
