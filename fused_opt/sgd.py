@@ -595,7 +595,7 @@ class SGD(torch.optim.SGD):
                 started += [(rows, hyper) for rows in self._start_state(new, hyper)]
         if averages is not None:
             plan.add_remaining_ema(
-                self._states.refinement,
+                self._refinements(started),
                 lambda: shadow_roundings(averages.shadows, self.param_groups, roundings),
             )
         return started
