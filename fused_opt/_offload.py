@@ -9,7 +9,7 @@ host waits where shadows are read.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,16 @@ def host_like(tensor: Tensor, dtype: torch.dtype, source: Tensor) -> Tensor:
     )
 
 
+def laid_out_like(host: Tensor, source: Tensor) -> Tensor:
+    """A tensor in the order of one on the host, whose bytes can be copied into it as they are.
+
+    ``copy_`` would conjugate, negate or reorder them on the host, at once, as if they were there.
+    """
+    if source.stride() == host.stride() and not (source.is_conj() or source.is_neg()):
+        return source
+    return torch.empty_like(host, device=source.device).copy_(source)
+
+
 class SideStreams:
     """A stream for copies on each GPU. That of ``home`` runs jobs on the CPU too, in their turn."""
 
@@ -66,7 +76,7 @@ class SideStreams:
             side.wait_stream(self._home)
             with torch.cuda.stream(side):
                 for host, source in own:
-                    host.copy_(source, non_blocking=True)
+                    host.copy_(laid_out_like(host, source), non_blocking=True)
             training.wait_stream(side)
             self._home.wait_stream(side)
 
@@ -88,7 +98,7 @@ class Offload:
     """
 
     def __init__(self, home: torch.device) -> None:
-        self._home = home
+        self.home = home
         self._streams = SideStreams(home)
         self._plan = Plan()
         self._memory: dict[Hashable, Tensor] = {}  # what is copied into, by what is copied
@@ -100,13 +110,17 @@ class Offload:
         """Waits until all shadows are what the steps so far have made of them."""
         self._streams.wait()
 
-    def reserve(self, shadows: Mapping[Tensor, Shadow], copies: Iterable[Pair]) -> None:
+    def reserve(self, shadows: Mapping[Tensor, Shadow], copies: Sequence[Pair]) -> None:
         """Takes the memory that a step copies parameters into, and gives back what has no use.
 
-        To take pinned memory may wait for GPUs, and is not for a step.
+        To take pinned memory may wait for GPUs, and is not for a step. What is there stays.
         """
         self.wait()
-        self._memory.clear()
+        used = {*shadows, *(source for _, source in copies)}
+        for key in list(self._memory):
+            tensor = key[0] if isinstance(key, tuple) else key
+            if isinstance(tensor, Tensor) and tensor not in used:
+                del self._memory[key]
         pairs: list[Pair] = []
         for param, shadow in shadows.items():
             self._staged(param, param, all_shadows(shadow)[0], pairs)
@@ -134,9 +148,10 @@ class Offload:
 
         Raises:
             RuntimeError: a CUDA graph is being captured.
-            ValueError: tensors do not fit together, or shadows would be rounded stochastically.
+            ValueError: tensors do not fit together or are no longer on a GPU, or shadows would be
+                rounded stochastically.
         """
-        if is_capturing(self._home):
+        if is_capturing(self.home):
             raise RuntimeError(
                 "ema: expected its shadows on the GPU while a CUDA graph is captured, which cannot "
                 "hold updates on the CPU"
@@ -159,7 +174,13 @@ class Offload:
             else:
                 flag = (gate.found_inf != 0).to(torch.float32)
                 found_inf = self._staged("found_inf", flag.reshape(()), flag.reshape(()), pairs)
-        made = [(copy, self._staged(source, source, copy, pairs)) for copy, source in copies]
+        made = [(copy, self._staged_copy(copy, source, pairs)) for copy, source in copies]
+        for _, source in pairs:
+            if not is_away(source):
+                raise ValueError(
+                    "ema: expected all tensors on CUDA to keep their averages on the CPU, but one "
+                    f"of shape {tuple(source.shape)} is on {source.device}"
+                )
 
         plan = self._plan
         plan.clear(lambda stream, value: subject(stream, owners[value]))
@@ -168,14 +189,14 @@ class Offload:
             plan.add_remaining_ema(refinements.get if refinements else None)
             job = plan.host_job(found_inf)
         finally:
-            plan.clear(subject)
+            plan.clear(lambda stream, _: stream)  # the subject may be of an optimizer, which may go
         for copy, staged in made:
             job.add_copy(copy.data_ptr(), staged.data_ptr(), copy.nbytes)
 
         def begin() -> None:
             shadows = [s for shadow in averages.shadows.values() for s in all_shadows(shadow)]
-            increment_version(shadows)
             self._shadows[:] = [*shadows, *(copy for copy, _ in made)]
+            increment_version(self._shadows)
             self._streams.copy_out(pairs)
             self._streams.run(job)
 
@@ -229,12 +250,23 @@ class Offload:
             number = number.double()
         return self._staged(average, number, number, pairs)
 
+    def _staged_copy(self, copy: Tensor, source: Tensor, pairs: list[Pair]) -> Tensor:
+        """Where a tensor will be copied to, byte for byte as its exact copy will be."""
+        if copy.shape != source.shape:
+            raise ValueError(
+                f"ema: expected a tensor of shape {tuple(copy.shape)}, which it had when it was "
+                f"registered, got {tuple(source.shape)}; call register()"
+            )
+        return self._staged(source, source.to(copy.dtype), copy, pairs)
+
     def _staged(self, key: Hashable, source: Tensor, like: Tensor, pairs: list[Pair]) -> Tensor:
         """Where a tensor will be copied to, in the order of another."""
         host = self._memory.get(key)
-        if host is None or (host.shape, host.dtype) != (source.shape, source.dtype):
+        order = like if like.shape == source.shape else source  # which the plan refuses
+        expected = source.shape, source.dtype, order.stride()
+        if host is None or (host.shape, host.dtype, host.stride()) != expected:
             self.wait()  # once: what held it may be in use
-            host = self._memory[key] = host_like(like, source.dtype, source)
+            host = self._memory[key] = host_like(order, source.dtype, source)
         pairs.append((host, source.detach()))
         return host
 
@@ -244,7 +276,7 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _release(streams: SideStreams, *used: Any) -> None:
+def _release(streams: SideStreams, *_used: Any) -> None:
     """Lets nothing go that a job may still use."""
     streams.wait()
     del used

@@ -399,7 +399,12 @@ class Plan:
 
         The job reads numbers that are tensors, and ``found_inf``, when it runs. Whoever runs it
         keeps the memory of all tensors, and tells their version counters.
+
+        Raises:
+            ValueError: as :meth:`check`; or a tensor has gaps, or no kernel reaches it.
         """
+        if self._copies or self._for_torch:
+            raise ValueError("expected tensors without gaps that a kernel reaches")
         self.check()
         on_device = None if self._averages is None else self._averages.on_device
         self._set_scalars(_CPU, None, Gate(found_inf, [], _device_of(_CPU)), None, on_device)

@@ -104,7 +104,8 @@ class Shadows:
         if self._device is None or self._device.type != "cpu" or not self.names.params:
             return False
         holder, key = next(iter(self.names.params.values()))
-        return is_away(holder[key])
+        first: Tensor | None = holder.get(key)  # None if the model has lost it
+        return first is not None and is_away(first)
 
     def wait(self) -> None:
         """Waits for updates on the CPU that are under way."""
@@ -197,7 +198,8 @@ class Shadows:
         for name, copy in copied.items():  # such as caches that grow
             tensor = tensors[name]
             if not (self.is_kept_in_module or fits(copy, tensor, tensor.dtype, self._device)):
-                copied[name] = memory_like(tensor, tensor.dtype, self._device)
+                memory = memory_like(tensor, tensor.dtype, self._device)
+                copied[name] = memory.copy_(tensor.detach())  # may be read before the next update
         shadows = {name: shadows[0] for name, shadows in averaged.items()}
         check_match("the model's tensors", tensors, {**shadows, **copied})
         self.names, self._copied = names, copied
@@ -212,6 +214,9 @@ class Shadows:
         if self._module is not None:
             self._slots += _watched(named(self._module))
         self._held = [holder[key] for holder, key in self._slots]
+        if self._offload is not None and self.is_offloaded and self._offload.home == self.home:
+            self._offload.reserve(self.rows, self._copied_pairs())
+            return
         self._offload = None
         if self.is_offloaded:
             self._offloading()

@@ -595,7 +595,7 @@ class SGD(torch.optim.SGD):
                 started += [(rows, hyper) for rows in self._start_state(new, hyper)]
         if averages is not None:
             plan.add_remaining_ema(
-                self._states.refinement,
+                self._refinements(started),
                 lambda: shadow_roundings(averages.shadows, self.param_groups, roundings),
             )
         return started
@@ -650,8 +650,17 @@ class SGD(torch.optim.SGD):
             for rows, _ in started
             for param, refinement in zip(rows.params, rows.refinements or (), strict=False)
         }
+        # The state may hold what a group has had before.
+        unrefined = {
+            param
+            for group in self.param_groups
+            if not group["master_weights"]
+            for param in group["params"]
+        }
         states = self._states
-        return lambda param: new.get(param, states.refinement(param))
+        return lambda param: (
+            None if param in unrefined else new.get(param, states.refinement(param))
+        )
 
     def _gate(self, found_inf: Tensor | None, counters: list[Counter]) -> Gate | None:
         """What a device decides and counts; None if the host knows that the step is taken once."""

@@ -368,6 +368,19 @@ def test_a_copied_buffer_may_grow():
     assert model.cache.tolist() == [0.0] * 5
 
 
+@pytest.mark.parametrize("shape", [(300,), (70, 500)])
+def test_a_copied_buffer_that_has_grown_since_the_update_is_read_as_it_is(shape):
+    model = nn.BatchNorm1d(1)
+    model.register_buffer("cache", torch.zeros(2))
+    ema = EMA(model, 0.5)
+    for fill in (3.0, 5.0):
+        model.cache = torch.full(shape, fill)
+        assert torch.equal(ema.state_dict()["buffers"]["cache"], torch.full(shape, 3.0))
+    with ema.average_parameters():
+        assert torch.equal(model.cache, torch.full(shape, 3.0))
+    assert torch.equal(model.cache, torch.full(shape, 5.0))
+
+
 def test_a_copied_buffer_stays_exact_in_another_dtype():
     model = nn.BatchNorm1d(1)
     ema = EMA(model, 0.5)

@@ -36,7 +36,7 @@ class LateStreams:
     def copy_out(self, pairs) -> None:
         self.wait()
         for host, source in pairs:
-            host.copy_(source)
+            host.copy_(_offload.laid_out_like(host, source))
 
     def run(self, job) -> None:
         LateStreams.started += 1
@@ -154,6 +154,21 @@ def test_large_tensors_of_every_kind_in_any_order_of_memory(moved):
                 assert_same_bits(average[name], shadow, name)
 
 
+def test_what_is_copied_out_has_the_bytes_of_the_memory_that_it_is_copied_into():
+    base = random_tensor((2, 3, 4, 5), F32, seed=1)
+    twisted = torch.complex(base, 2 * base).conj()
+    last = base.contiguous(memory_format=torch.channels_last)
+    for source in (base, last, base[..., ::2], twisted, twisted.imag, base[:0]):
+        for order in (torch.contiguous_format, torch.channels_last):
+            host = torch.empty_like(source, memory_format=order)
+            found = _offload.laid_out_like(host, source)
+            assert found.stride() == host.stride()
+            assert not found.is_conj()
+            assert not found.is_neg()
+            assert torch.equal(found, source)
+    assert _offload.laid_out_like(torch.empty_like(last), last) is last
+
+
 def test_tensors_that_hold_a_decay_are_read_as_they_were_at_the_update(moved):
     decay, other = torch.tensor(0.9), torch.tensor([0.5], dtype=F16)
     whole = torch.tensor(1)
@@ -196,6 +211,20 @@ def test_steps_have_the_bits_of_an_average_beside_the_model(moved, options):
     assert LateStreams.started == 3
     for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
         assert_same_bits(param.detach(), expected.detach())
+
+
+def test_a_group_that_has_given_up_its_masters_is_averaged_as_it_is(moved):
+    model, ema, twin, twin_ema = pair(decay=RULES)
+    for net, each in ((model, ema), (twin, twin_ema)):
+        groups = [{"params": [net.low.weight]}, {"params": [net.low.bias]}]
+        optimizer = SGD(groups, lr=0.1, ema=each, master_weights="fp32")
+        for step in range(4):
+            set_gradients(net, step)
+            if step == 3:  # and has its shadow updated apart from the optimizer's rows
+                net.low.weight.grad = None
+            optimizer.step()
+            optimizer.param_groups[0]["master_weights"] = None
+    assert_same(ema, twin_ema)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])
@@ -370,17 +399,30 @@ def test_memory_outlives_the_average_until_its_last_job_is_done(moved):
     assert all(alive)
 
 
+def test_an_average_outlives_its_optimizer(moved):
+    model = Net()
+    ema = EMA(model, RULES, device="cpu")
+    optimizer = SGD(model.parameters(), lr=0.1, ema=ema)
+    set_gradients(model, 0)
+    optimizer.step()
+    del optimizer
+    gc.collect()
+    ema.update()
+    assert ema.num_steps == 2
+
+
 def test_an_update_tells_the_version_counters_of_its_shadows(moved):
     _, ema, _, _ = pair(decay=RULES)
-    shadow = ema.shadows["embed.weight"]
-    before = shadow._version
+    kept = [ema.shadows["embed.weight"], ema.state_dict()["buffers"]["norm.running_mean"]]
+    before = [tensor._version for tensor in kept]
     ema.update()
-    assert shadow._version == before + 1
+    assert [tensor._version for tensor in kept] == [version + 1 for version in before]
 
 
 def test_numbers_that_are_on_the_host_are_read_at_once(moved, monkeypatch):
-    monkeypatch.setattr(_offload, "is_away", lambda tensor: tensor.dim() > 0)
     decay, found_inf = torch.tensor(0.9, dtype=F16), torch.zeros(())
+    here = (decay.data_ptr(), found_inf.data_ptr())
+    monkeypatch.setattr(_offload, "is_away", lambda tensor: tensor.data_ptr() not in here)
     model, ema, twin, twin_ema = pair(decay=decay)
     optimizer = SGD(model.parameters(), lr=0.1, capturable=True, ema=ema)
     twin_optimizer = SGD(twin.parameters(), lr=0.1, ema=twin_ema)
@@ -424,6 +466,26 @@ def test_a_capture_is_refused_before_anything_changes(moved, monkeypatch):
     assert_same(ema, twin_ema)
 
 
+def test_looks_leave_the_memory_that_steps_copy_into(moved):
+    model, ema, twin, twin_ema = pair(decay=RULES)
+    ema.update()
+    twin_ema.update()
+    offload = ema._kept._offload
+    before = dict(offload._memory)
+    for _ in range(2):
+        ema.swap()
+        ema.state_dict()
+    model.norm.running_mean = twin.norm.running_mean = torch.full((4,), 3.0)
+    ema.update()
+    twin_ema.update()
+    assert_same(ema, twin_ema)
+    assert ema._kept._offload is offload
+    now = offload._memory
+    changed = [key for key in {**before, **now} if before.get(key) is not now.get(key)]
+    assert len(changed) == 2  # what there was of the buffer, and what there is
+    assert len(now) == len(before)
+
+
 def test_swaps_keep_the_weights_on_the_host(moved):
     model, ema, twin, twin_ema = pair(decay=0.9)
     before = copy.deepcopy(model.state_dict())
@@ -460,6 +522,84 @@ def test_replaced_tensors_and_buffers_that_grow_are_followed(moved):
     with pytest.raises(ValueError, match=r"frozen\.weight"):
         ema.update()
     assert ema.num_steps == 4
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (5, 4)])
+def test_a_weight_that_has_another_shape_is_refused_before_anything_changes(moved, shape):
+    model = Net()
+    ema = EMA(model, RULES, device="cpu")
+    optimizer = SGD(model.parameters(), lr=0.1, ema=ema)
+    set_gradients(model, 0)
+    optimizer.step()
+    model.frozen.weight.data = torch.zeros(shape)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"shadows of .* expected shape"):
+        optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert_same_bits(tensor, before[name], name)
+    assert (ema.num_steps, LateStreams.started) == (1, 1)
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (1000,)])
+def test_a_buffer_that_has_another_shape_is_refused_before_anything_changes(moved, shape):
+    model = Net()
+    ema = EMA(model, RULES, device="cpu")
+    model.cache.data = torch.ones(shape)
+    with pytest.raises(ValueError, match=r"expected a tensor of shape \(2,\)"):
+        ema.update()
+    assert (ema.num_steps, LateStreams.started) == (0, 0)
+    ema.register()
+    ema.update()
+
+
+def test_a_buffer_whose_numbers_have_another_dtype_is_converted(moved):
+    model, ema, twin, twin_ema = pair(decay=RULES)
+    for net, each in ((model, ema), (twin, twin_ema)):
+        net.cache.data = torch.tensor([1.5, 1e300], dtype=torch.float64)
+        each.update()
+        assert each._kept.copied["cache"].tolist() == [1.5, float("inf")]
+
+
+@pytest.mark.parametrize("which", ["low.weight", "norm.running_mean"])
+def test_a_tensor_that_has_left_the_gpu_is_refused_before_anything_changes(
+    moved, monkeypatch, which
+):
+    model = Net()
+    ema = EMA(model, RULES, device="cpu")
+    optimizer = SGD(model.parameters(), lr=0.1, ema=ema)
+    set_gradients(model, 0)
+    here = model.state_dict()[which].data_ptr()
+    monkeypatch.setattr(_offload, "is_away", lambda tensor: tensor.data_ptr() != here)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"expected all tensors on CUDA .* is on cpu"):
+        optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert_same_bits(tensor, before[name], name)
+    assert (ema.num_steps, LateStreams.started) == (0, 0)
+
+
+def test_a_shadow_whose_memory_was_replaced_is_updated_or_refused(moved):
+    one, two = nn.Parameter(torch.zeros(4, 5)), nn.Parameter(torch.zeros(4, 5))
+    ema, twin = EMA([one], 0.5, device="cpu"), EMA([two], 0.5)
+    for param, each in ((one, ema), (two, twin)):
+        each.shadows["0"].data = torch.zeros(5, 4).t()
+        with torch.no_grad():
+            param.fill_(1.0)
+        each.update()
+    assert_same_bits(ema.shadows["0"], twin.shadows["0"])
+    ema.shadows["0"].data = torch.zeros(4, 10)[:, ::2]
+    with pytest.raises(ValueError, match="without gaps"):
+        ema.update()
+    assert ema.num_steps == 1
+
+
+def test_a_step_of_a_model_that_has_lost_its_first_weight_says_so(moved):
+    model = nn.Linear(2, 2)
+    ema = EMA(model, device="cpu")
+    optimizer = SGD(model.parameters(), lr=0.1, ema=ema)
+    del model.weight
+    with pytest.raises(RuntimeError, match=r"lost \['weight'\]"):
+        optimizer.step()
 
 
 def test_a_model_may_move_to_the_gpu_after_its_average_was_made(moved):
@@ -561,6 +701,28 @@ def test_on_a_gpu_weights_that_change_at_once_do_not_reach_the_update():
             with torch.cuda.stream(other):
                 other.wait_stream(torch.cuda.default_stream())
     assert set(ema.shadows["0"].unique().tolist()) == {2.0 - 2.0 * 0.5**5}
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_weights_in_another_order_or_conjugated_are_copied_out_without_waiting():
+    base = random_tensor((8, 3, 64, 64), F32, seed=1)
+    twisted = torch.complex(base, 2 * base)
+    last = base.contiguous(memory_format=torch.channels_last)
+    weights = [nn.Parameter(last.cuda()), nn.Parameter(twisted.cuda().conj())]
+    ema = EMA(weights, 0.0, device="cpu")
+    weights[0].data = weights[0].data.contiguous()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            with torch.no_grad():
+                weights[0].mul_(2.0)
+                weights[1].mul_(2.0)
+            ema.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(ema.shadows["0"], 8.0 * base)
+    assert torch.equal(ema.shadows["1"], 8.0 * twisted.conj())
 
 
 @pytest.mark.cuda
