@@ -279,4 +279,3 @@ def _real(tensor: Tensor) -> Tensor:
 def _release(streams: SideStreams, *_used: Any) -> None:
     """Lets nothing go that a job may still use."""
     streams.wait()
-    del used
