@@ -101,6 +101,11 @@ def step_by_torch(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """:func:`step` from torch operations: of few small tensors they take less time than a node."""
     new_params, new_buffers = list(params), list(momentum_buffers)
+    hypers = SgdHypers(
+        *map(_checked_hyper, SgdHypers._fields, hypers, [len(new_params)] * len(hypers))
+    )
+    if nesterov:
+        _check_nesterov(hypers)
     numbers = zip(*(_by_row(value, len(new_params)) for value in hypers), strict=True)
     rows = zip(params, grads, momentum_buffers, numbers, strict=True)
     for i, (param, grad, buffer, row_numbers) in enumerate(rows):
@@ -331,6 +336,7 @@ def _are_values_real() -> bool:
     """Whether tensors are what they seem: no transform and no mode stands before them."""
     return not (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0

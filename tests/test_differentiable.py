@@ -698,6 +698,15 @@ def test_compiles_whole():
     torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traces_hold_torch_operations():
+    step = torch.jit.trace(
+        lambda p, g: sgd_step([p], [g], lr=0.5, momentum=0.9)[0][0], (P.detach(), G.detach())
+    )
+    p, g = torch.full_like(P, 5).detach(), torch.full_like(G, 2).detach()
+    torch.testing.assert_close(step(p, g), sgd_step([p], [g], lr=0.5)[0][0])
+
+
 def test_dispatch_modes_see_torch_operations():
     from torch.utils._python_dispatch import TorchDispatchMode
 
