@@ -389,6 +389,20 @@ def test_state_dict_goes_back_into_the_optimizer(kind):
     assert not any(v.requires_grad for s in d.state_dict()["state"].values() for v in s.values())
 
 
+def test_state_dict_is_no_part_of_later_steps():
+    model, data = made(mlp), batches(4)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {"track_higher_grads": False, "keep_history": False}
+    with higher.innerloop_ctx(model, opt, **options) as (f, d):
+        d.step(error(f(data[0][0]), data[0][1]))
+        saved = d.state_dict()
+        expected = copy.deepcopy(saved["state"])
+        for x, y in data[1:]:
+            d.step(error(f(x), y))
+    for number, state in expected.items():
+        assert torch.equal(saved["state"][number]["momentum_buffer"], state["momentum_buffer"])
+
+
 def test_zero_tensors_have_their_gradients():
     model, data = made(mlp), batches(4)
     hypers = hyper_tensors(momentum=0.0, weight_decay=0.0, dampening=0.0)
@@ -839,6 +853,22 @@ def test_created_optimizer_steps_like_a_real_one():
         higher.create_diff_optim(torch.optim.SGD, {"lr": 0.1})
 
 
+def test_created_optimizer_knows_the_fast_weights_of_its_groups():
+    model, ((x, y), *_) = made(mlp), batches(1)
+    f = higher.monkeypatch(model)
+    before = list(f.parameters())
+    groups = [{"params": before[2:], "lr": 0.5}, {"params": before[:1], "lr": 0.1}]
+    d = higher.create_diff_optim(torch.optim.SGD, {"lr": 0.0}, groups, f)
+    loss = error(f(x), y)
+    grads = torch.autograd.grad(loss, before, retain_graph=True)
+    new = d.step(loss)
+    lrs = [0.1, 0.0, *[0.5] * (len(before) - 2)]
+    assert_same(new, [p - lr * g for p, lr, g in zip(before, lrs, grads, strict=True)])
+    assert new[1] is before[1]
+    with pytest.raises(ValueError, match="reference_params"):
+        higher.create_diff_optim(torch.optim.SGD, {"lr": 0.1}, [new[0], before[2]], f)
+
+
 def test_running_statistics_move_in_the_copy_alone():
     model, data = made(Convolutional), batches(3)
     f, d = entered(model)
@@ -868,6 +898,47 @@ def test_a_buffer_that_a_graph_needs_is_not_written():
     error(f(x), y).backward()
     assert model.layer.weight.grad is not None
     assert_same([f.scale, model.scale], [torch.full((2,), 0.5**5).double(), torch.ones(2).double()])
+
+
+def test_shared_buffers_stay_one():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x + 3))
+
+    model, data = made(Net), batches(3)
+    model.b.running_mean = model.a.running_mean
+    other, f = copy.deepcopy(model), higher.monkeypatch(model)
+    for x, _ in data:
+        assert_same([f(x)], [other(x)])
+    f.copy_to(model)
+    assert_same(list(model.buffers()), list(other.buffers()))
+
+
+def test_state_dict_is_the_models():
+    class Net(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(5, 2)
+            self.register_buffer("scale", torch.ones(1), persistent=False)
+            self.seen = 3
+
+        def get_extra_state(self) -> int:
+            return self.seen
+
+        def set_extra_state(self, seen: int) -> None:
+            self.seen = seen
+
+    model = made(Net)
+    f = higher.monkeypatch(model)
+    assert f.state_dict().keys() == model.state_dict().keys()
+    f.load_state_dict({**model.state_dict(), "bias": torch.ones(2), "_extra_state": 4})
+    assert f.seen == 4
+    assert model.seen == 3
+    assert_same([next(iter(f.parameters(time=0)))], [model.weight])
+    assert_same(list(f.parameters())[1:], [torch.ones(2).double()])
 
 
 def test_dropout_draws_as_ever():
@@ -960,6 +1031,23 @@ def test_inner_loops_nest():
     error(inner(data[2][0]), data[2][1]).backward()
     assert model[0].weight.grad is not None
     assert not torch.equal(inner[0].weight, f[0].weight)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_inner_loops_of_fast_weights(wrapped):
+    model, ((x, y), *_) = made(mlp), batches(1)
+    outer = higher.monkeypatch(model)
+    whole = nn.Sequential(outer) if wrapped else outer
+    opt = torch.optim.SGD(outer.parameters(), lr=0.1)
+    inner, d = entered(model, copy_initial_weights=False)
+    with higher.innerloop_ctx(whole, opt, copy_initial_weights=False) as (f, diffopt):
+        diffopt.step(error(f(x), y))
+        d.step(error(inner(x), y))
+        loss, expected = error(f(x), y), error(inner(x), y)
+    assert_same([loss], [expected])
+    assert_same(
+        gradients(loss, list(outer.parameters())), gradients(expected, list(model.parameters()))
+    )
 
 
 # --- Kinds of modules
@@ -1138,6 +1226,41 @@ def test_override_takes_all_its_forms():
         higher.get_diff_optim(opt, params, override={"learning_rate": 0.1})
 
 
+@pytest.mark.parametrize("width", [1, 5000])
+def test_override_may_be_a_parameter_list(width):
+    model = nn.Linear(width, 1).double()
+    x = torch.ones(2, width).double()
+    opt = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1)
+    learned = nn.ParameterList([torch.tensor(0.1), torch.tensor(0.2)])
+    with higher.innerloop_ctx(model, opt, override={"lr": learned}) as (f, d):
+        d.step(f(x).square().sum())
+        found = torch.autograd.grad(f(x).square().sum(), list(learned))
+    assert all(bool(g != 0) for g in found)
+
+
+@pytest.mark.parametrize("width", [1, 5000])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lr", torch.full((3,), 0.1)), ("momentum", 0.0), ("dampening", 0.5)],
+)
+def test_override_is_checked_whatever_the_size(option, value, width):
+    model = nn.Linear(width, 1).double()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    with higher.innerloop_ctx(model, opt, override={option: [value]}) as (f, d):
+        before = list(f.parameters())
+        with pytest.raises(ValueError, match=r"1-element|Nesterov"):
+            d.step(f(torch.ones(2, width).double()).square().sum())
+        assert all(p is b for p, b in zip(f.parameters(), before, strict=True))
+
+
+def test_decoupled_decay_has_the_precision_of_the_parameters():
+    p = torch.linspace(1, 2, 9, dtype=torch.float64).requires_grad_()
+    opt = fused_opt.SGD([p], lr=0.1, weight_decay=0.3, decoupled_weight_decay=True)
+    lr = torch.tensor(0.1)
+    d = higher.get_diff_optim(opt, [p], override={"lr": lr})
+    assert_same(d.step(p.sum(), params=[p]), [(1 - lr.item() * 0.3) * p - lr.item()])
+
+
 def test_override_of_a_step_stays():
     model, data = made(mlp), batches(2)
     f, d = entered(model)
@@ -1210,6 +1333,16 @@ class Unlike(torch.optim.SGD):
 
 class Alike(fused_opt.SGD):
     """A subclass without one."""
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_subclasses_that_torch_has_wrapped_are_taken(kind):
+    model = made(mlp)
+    opt = type("First", (kind,), {})(model.parameters(), lr=0.1)
+    # As where it is the first optimizer of the process.
+    type(opt).step = type(opt).profile_hook_step(kind.step)
+    assert type(opt).step is not kind.step
+    higher.get_diff_optim(opt, model.parameters())
 
 
 def test_only_known_steps_are_taken():
@@ -1322,6 +1455,15 @@ def test_trainable_options_come_and_go():
     with pytest.raises(ValueError, match="3"):
         higher.optim.apply_trainable_opt_params(opt, {"momentum": [0.1], "lr": [0.1] * 3})
     assert opt.param_groups[0]["momentum"] == before
+
+
+def test_whole_numbers_learn_too():
+    model = made(mlp)
+    opt = torch.optim.SGD(model.parameters(), lr=1, momentum=0)
+    override = {"lr": [torch.tensor(0.25)], "momentum": [torch.tensor(0.5)]}
+    higher.optim.apply_trainable_opt_params(opt, {**override, "weight_decay": [torch.tensor(0.0)]})
+    found = [opt.param_groups[0][name] for name in ("lr", "momentum", "weight_decay")]
+    assert found == [0.25, 0.5, 0]
 
 
 def test_trainable_options_may_be_tensors_and_tuples():

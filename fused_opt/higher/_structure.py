@@ -35,7 +35,8 @@ class Structure:
     As ``copy.deepcopy`` would have it, except that whatever is no module, buffer or container is
     shared: parameters, settings, functions. A list of submodules holds the copies, and a bound
     method of a module is bound to its copy. What ``torch.compile`` has wrapped is taken out: a
-    compiled function cannot be differentiated twice.
+    compiled function cannot be differentiated twice. So is what a ``FunctionalModule`` runs, whose
+    weights are its fast ones.
 
     Args:
         module: the model.
@@ -63,17 +64,15 @@ class Structure:
         self._device = device
         self._left: list[tuple[dict[str, Any], str, Any]] = []  # attributes that may hold a copy
         self._with_buffers: list[dict[str, Any]] = []
-        modules = _modules(module)
-        kinds = set(map(type, modules))
-        compiled = {kind for kind in kinds if kind.__name__ == "OptimizedModule"}
-        for kind in kinds:
+        found = modules = _modules(module)
+        if any(_wrapped_name(kind) for kind in set(map(type, found))):
+            modules = list({id(own): own for own in map(_unwrapped, found)}.values())
+        for kind in set(map(type, modules)):
             _check(kind)
         for each in modules:
-            if type(each) not in compiled:
-                self._add(each)
-        for each in modules if compiled else ():
-            if type(each) in compiled:
-                self._copies[id(each)] = self._copies[id(each._orig_mod)]
+            self._add(each)
+        for each in found if modules is not found else ():
+            self._copies[id(each)] = self._copies[id(_unwrapped(each))]
         for state, key, value in self._left:
             state[key] = self._copy(value, state, key)
         self.root: nn.Module = self._copies[id(module)]
@@ -158,6 +157,18 @@ def _check(kind: type) -> None:
 def _no_shape(module: nn.Module, name: str) -> ValueError:
     kind = type(module).__name__
     return ValueError(f"model: {name} of {kind} has no shape yet; run the model once before")
+
+
+def _wrapped_name(kind: type) -> str | None:
+    """Under which name modules of a class hold the module that they run, if they only wrap it."""
+    name: str | None = getattr(kind, "_name_of_wrapped", None)
+    return "_orig_mod" if kind.__name__ == "OptimizedModule" else name
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while (name := _wrapped_name(type(module))) is not None:
+        module = getattr(module, name)
+    return module
 
 
 def _modules(module: nn.Module) -> list[nn.Module]:

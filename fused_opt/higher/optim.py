@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -127,7 +128,9 @@ class DifferentiableOptimizer(ABC):
             raise ValueError(f"override: expected options of the optimizer, got {option!r}")
         if isinstance(values, Tensor) and values.dim() > 0:
             values = values.unbind()
-        elif not isinstance(values, (list, tuple)):
+        elif isinstance(values, Iterable) and not isinstance(values, (Tensor, str)):
+            values = list(values)  # an nn.ParameterList is no Sequence
+        else:
             values = [values]
         count = len(self.param_groups)
         if len(values) not in (1, count):
@@ -242,16 +245,16 @@ class DifferentiableOptimizer(ABC):
                 states[place] = mapped(_without_graph, state)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the optimizer's ``load_state_dict`` takes, without any graph."""
+        """What the optimizer's ``load_state_dict`` takes, in copies without any graph."""
         state: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
         first = 0
         for group, states in zip(self.param_groups, self.state, strict=True):
             numbers = list(range(first, first + len(group["params"])))
             first += len(numbers)
-            groups.append({**mapped(_without_graph, group), "params": numbers})
+            groups.append({**mapped(_saved, group), "params": numbers})
             for place, held in states.items():
-                state[numbers[place]] = mapped(_without_graph, held)
+                state[numbers[place]] = mapped(_saved, held)
         return {"state": state, "param_groups": groups}
 
 
@@ -358,8 +361,7 @@ def _prepared(group: dict[str, Any], grads: list[Tensor | None]) -> _Part:
     pairs = list(zip(params, grads, strict=True))
     lr, decay = as_scalar(group["lr"], "lr"), as_scalar(group["weight_decay"], "weight_decay")
     if has_decay and group["decoupled_weight_decay"]:
-        kept = 1 - lr * decay
-        params = [p if g is None else (kept * p).to(p.dtype) for p, g in pairs]
+        params = [p if g is None else (_kept(lr, decay, p) * p).to(p.dtype) for p, g in pairs]
         hypers, has_decay = hypers._replace(weight_decay=0), False
     if _is_sutskever(group):  # p + w, with w = mu w - lr d: the other formula, for -lr d and lr -1
         sign = -1 if group["maximize"] else 1
@@ -369,6 +371,15 @@ def _prepared(group: dict[str, Any], grads: list[Tensor | None]) -> _Part:
         grads = [d if d is None else (-lr * d).to(d.dtype) for d in descents]
         hypers = hypers._replace(lr=-1, weight_decay=0)
     return params, grads, hypers
+
+
+def _kept(lr: float | Tensor, decay: float | Tensor, param: Tensor) -> float | Tensor:
+    """What decoupled weight decay leaves of a parameter, in no lower precision than that has."""
+    lr, decay = (
+        each.to(torch.promote_types(each.dtype, param.dtype)) if isinstance(each, Tensor) else each
+        for each in (lr, decay)
+    )
+    return 1 - lr * decay
 
 
 def _joined(parts: list[_Part]) -> _Part:
@@ -417,6 +428,11 @@ def _copied(value: Any, device: Device) -> Any:
     return value.detach().clone() if device is None else value.detach().to(device, copy=True)
 
 
+def _saved(value: Any) -> Any:
+    """What later steps, of whatever optimizer, do not change."""
+    return _copied(value, None)
+
+
 def _without_graph(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
@@ -440,8 +456,9 @@ def _class_for(optim_type: type) -> type[DifferentiableOptimizer]:
     registered = _CLASSES.get(optim_type)
     if registered is not None:
         return registered
-    steps = (torch.optim.SGD.step, SGD.step)
-    if issubclass(optim_type, torch.optim.SGD) and optim_type.step in steps:
+    # torch wraps the step of the class whose constructor runs first, which may inherit it.
+    steps = [inspect.unwrap(kind.step) for kind in (torch.optim.SGD, SGD)]
+    if issubclass(optim_type, torch.optim.SGD) and inspect.unwrap(optim_type.step) in steps:
         return DifferentiableSGD
     raise TypeError(
         f"opt: expected a fused_opt.SGD or torch.optim.SGD, got {optim_type.__name__}; "
@@ -490,7 +507,8 @@ def create_diff_optim(
     Args:
         opt_type: its class.
         opt_kwargs: what its constructor would be given.
-        params: fast weights, or param groups of them; those of ``fmodel`` if None.
+        params: fast weights, or param groups of them; those of ``fmodel`` if None. What are no
+            fast weights of ``fmodel`` stands for its weights, or for ``params=``, in their order.
         fmodel: as for :func:`get_diff_optim`, with the arguments after it.
         device: where the state goes.
         override: options in place of those in ``opt_kwargs``.
@@ -498,21 +516,28 @@ def create_diff_optim(
         **kwargs: as for :class:`DifferentiableOptimizer`.
 
     Raises:
-        ValueError: neither ``params`` nor ``fmodel`` is given.
+        ValueError: neither ``params`` nor ``fmodel`` is given; some are fast weights of ``fmodel``
+            and others are not.
         TypeError: a class of optimizers that :func:`get_diff_optim` does not take.
     """
     if params is None and fmodel is None:
         raise ValueError("params: expected fast weights, as there is no fmodel")
     diff_optim_type = _class_for(opt_type)
     entries = list(fmodel.parameters() if params is None and fmodel is not None else params or ())
+    fast = (None if fmodel is None else fmodel.fast_params) or []
+    fast_leaves = _leaves(fast)
+    known = dict(zip(map(id, fast), fast_leaves, strict=True))
     groups = [
-        {**each, "params": _leaves(each["params"])} for each in entries if isinstance(each, dict)
+        {**each, "params": _leaves(each["params"], known)}
+        for each in entries
+        if isinstance(each, dict)
     ]
-    leaves = [leaf for group in groups for leaf in group["params"]] or _leaves(entries)
+    leaves = [leaf for group in groups for leaf in group["params"]] or _leaves(entries, known)
     opt = opt_type(groups or leaves, **(opt_kwargs or {}))
+    is_known = not {*map(id, leaves)}.isdisjoint(map(id, fast_leaves))
     return diff_optim_type(
         opt,
-        leaves,
+        fast_leaves if is_known else leaves,
         fmodel=fmodel,
         device=device,
         override=override,
@@ -521,10 +546,15 @@ def create_diff_optim(
     )
 
 
-def _leaves(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """What an optimizer takes in place of fast weights."""
-    params = [params] if isinstance(params, Tensor) else params
-    return [param.detach().requires_grad_() for param in params]
+def _leaves(
+    params: Tensor | Iterable[Tensor], known: Mapping[int, Tensor] | None = None
+) -> list[Tensor]:
+    """What an optimizer takes in place of fast weights; those known, by the id of the weight."""
+    params, known = [params] if isinstance(params, Tensor) else params, known or {}
+    return [
+        known[id(param)] if id(param) in known else param.detach().requires_grad_()
+        for param in params
+    ]
 
 
 # --- Learned options
@@ -594,4 +624,6 @@ def _applied(new: Any, old: Any) -> Any:
     if isinstance(old, Tensor):
         with torch.no_grad():
             return old.copy_(new.reshape(old.shape) if isinstance(new, Tensor) else new)
+    if type(old) is int and not float(new).is_integer():  # such as a momentum that was 0
+        return float(new)
     return type(old)(new)

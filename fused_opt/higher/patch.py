@@ -43,6 +43,7 @@ class FunctionalModule(nn.Module):
         ValueError: a lazy module that has not run yet.
     """
 
+    _name_of_wrapped = "_root"  # for Structure
     _root: Any
     _places: list[tuple[Any, Any, int]]
     _buffer_registries: list[dict[str, Tensor | None]]
@@ -61,8 +62,6 @@ class FunctionalModule(nn.Module):
         keep_history: bool = True,
     ) -> None:
         super().__init__()
-        if isinstance(module, FunctionalModule):
-            module = module._root
         structure = module if isinstance(module, Structure) else Structure(module, device)
         own, root = self.__dict__, structure.root
         for registry in ("_parameters", "_buffers", "_modules"):
@@ -99,14 +98,16 @@ class FunctionalModule(nn.Module):
         return self._root(*args, **kwargs)
 
     def _renew_buffers(self) -> None:
-        """Copies the buffers of the modules in which one has changed."""
+        """Copies the buffers that have changed; one that modules share stays one."""
         if torch.is_inference_mode_enabled():  # whose copies have no versions
             return
+        renewed: dict[int, tuple[Tensor, Tensor]] = {}  # by id, with the old, whose id is taken so
         for registry in self._buffer_registries:
-            buffers = [each for each in registry.values() if each is not None]
-            if any(each._version for each in buffers):
-                for name, each in registry.items():
-                    registry[name] = None if each is None else each.clone()
+            for name, each in registry.items():
+                if each is not None and each._version:
+                    if id(each) not in renewed:
+                        renewed[id(each)] = each, each.clone()
+                    registry[name] = renewed[id(each)][1]
 
     def train(self, mode: bool = True) -> FunctionalModule:
         """As the model's."""
@@ -226,6 +227,14 @@ class FunctionalModule(nn.Module):
         return self
 
     # --- Everything else is the model's
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's, with the fast weights."""
+        return self._root.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's: writes into the fast weights."""
+        return self._root.load_state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         root = self.__dict__.get("_root")
