@@ -918,6 +918,25 @@ def test_shared_buffers_stay_one():
     assert_same(list(model.buffers()), list(other.buffers()))
 
 
+def test_buffers_may_be_made_in_inference_mode():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 2)
+            self.register_buffer("last", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            self.last = y.detach().mean(0)
+            return y
+
+    f, d = entered(made(Net))
+    (x, y), *_ = batches(1)
+    with torch.inference_mode():
+        f(x)
+    d.step(error(f(x), y))
+
+
 def test_state_dict_is_the_models():
     class Net(nn.Linear):
         def __init__(self) -> None:
@@ -1291,6 +1310,22 @@ def test_grad_callback_sees_all_gradients_and_returns_those_to_use():
     d = higher.get_diff_optim(opt, model.parameters(), fmodel=f, grad_callback=halved)
     d.step(error(f(x), y))
     assert len(seen) == 2
+
+
+def test_lists_of_another_length_are_named():
+    model, ((x, y), *_) = made(mlp), batches(1)
+    f, d = entered(model)
+    before = list(f.parameters())
+    with pytest.raises(ValueError, match=r"grad_callback: expected 4 .* got 2"):
+        d.step(error(f(x), y), grad_callback=lambda grads: grads[:2])
+    with pytest.raises(ValueError, match=r"params: expected 4 .* got 2"):
+        d.step(error(f(x), y), params=before[:2])
+    opt = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    head = higher.get_diff_optim(opt, model[2].parameters(), f)  # of which f has more
+    with pytest.raises(ValueError, match=r"params: expected 2 .* got 4"):
+        head.step(error(f(x), y))
+    assert all(p is b for p, b in zip(f.parameters(), before, strict=True))
+    d.step(error(f(x), y), grad_callback=lambda grads: (2 * g for g in grads))
 
 
 def test_registered_optimizers_step():

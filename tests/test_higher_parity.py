@@ -458,6 +458,28 @@ def test_flags_are_no_trainable_options():
         assert {"lr", "momentum", "weight_decay", "dampening"} <= found
 
 
+def test_learned_whole_numbers():
+    """higher cuts a learned value to a whole number where the optimizer had one."""
+    for package in (original, ours):
+        opt = torch.optim.SGD(nn.Linear(5, 2).parameters(), lr=1)
+        package.optim.apply_trainable_opt_params(opt, {"lr": [torch.tensor(0.5)]})
+        assert opt.param_groups[0]["lr"] == (0 if package is original else 0.5)
+
+
+@pytest.mark.parametrize(("option", "value"), [("lr", torch.full((2, 5), 0.1)), ("momentum", 0.0)])
+def test_overrides_that_steps_do_not_have(option, value):
+    """higher takes what broadcasts, and nesterov without momentum for no momentum."""
+    for package in (original, ours):
+        model = nn.Linear(5, 2, bias=False).double()
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+        with package.innerloop_ctx(model, opt, override={option: [value]}) as (f, d):
+            if package is original:
+                d.step(f(X).sum())
+            else:
+                with pytest.raises(ValueError, match=r"1-element|Nesterov"):
+                    d.step(f(X).sum())
+
+
 def test_calls_of_submodules():
     """higher takes a module without entries, as a Sequential is at first, for no root at all."""
     for package in (original, ours):

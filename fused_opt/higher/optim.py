@@ -96,6 +96,8 @@ class DifferentiableOptimizer(ABC):
         self.param_groups: list[dict[str, Any]] = []
         self.state: list[defaultdict[int, dict[str, Any]]] = []
         self._indices: list[list[int]] = []  # of each group's parameters among all
+        reference_params = list(reference_params)
+        self._count = len(reference_params)
         known = {id(param): index for index, param in enumerate(reference_params)}
         for group in other.param_groups:
             params = group["params"]
@@ -160,7 +162,9 @@ class DifferentiableOptimizer(ABC):
             gradient and those in no param group are the same objects as before.
 
         Raises:
-            ValueError: there are no weights to step from; the override does not fit.
+            ValueError: there are no weights to step from, or of another number than
+                ``reference_params`` has; a callback returns another number; the override does not
+                fit.
         """
         if override is not None:
             self._apply_override(override)
@@ -168,11 +172,20 @@ class DifferentiableOptimizer(ABC):
         old = fast if params is None else list(params)
         if old is None:
             raise ValueError("params: expected the weights to step from, as there is no fmodel")
+        if len(old) != self._count:
+            raise ValueError(
+                f"params: expected {self._count} weights, like reference_params, got {len(old)}"
+            )
         is_cut = self._is_cut()
         callback = self._grad_callback if grad_callback is None else grad_callback
         grads: Gradients = self._gradients(loss, old, is_cut, everything=callback is not None)
         if callback is not None:
-            grads = callback(list(grads))
+            grads = list(callback(list(grads)))
+            if len(grads) != len(old):
+                raise ValueError(
+                    f"grad_callback: expected {len(old)} gradients, one for each weight, got "
+                    f"{len(grads)}"
+                )
         if is_cut:
             self.detach_()
             fast = None if self._fmodel is None else self._fmodel.fast_params

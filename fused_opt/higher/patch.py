@@ -104,7 +104,7 @@ class FunctionalModule(nn.Module):
         renewed: dict[int, tuple[Tensor, Tensor]] = {}  # by id, with the old, whose id is taken so
         for registry in self._buffer_registries:
             for name, each in registry.items():
-                if each is not None and each._version:
+                if each is not None and not each.is_inference() and each._version:
                     if id(each) not in renewed:
                         renewed[id(each)] = each, each.clone()
                     registry[name] = renewed[id(each)][1]
