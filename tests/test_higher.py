@@ -1157,6 +1157,33 @@ def test_lists_of_parameters_are_followed():
     assert f.plain[0].grad_fn is not None
 
 
+@pytest.mark.parametrize("kind", [list, tuple, lambda weights: ((*weights,), 3)])
+def test_weights_in_attributes_are_the_fast_ones(kind):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(5, dtype=torch.float64))
+            self.weights = kind([self.weight])
+
+        def forward(self, x: Tensor) -> Tensor:
+            (weight, *_) = self.weights
+            return x * (weight[0] if isinstance(weight, (list, tuple)) else weight)
+
+    x, model = torch.ones(5).double(), Net()
+    many = torch.arange(10.0).double().reshape(2, 5)
+    f, d = entered(model)
+    (new,) = d.step(f(x).sum())
+    assert_same([f(x)], [new])
+    assert_same([new], [torch.full_like(x, 0.9)])
+    stateless = higher.make_functional(model)
+    for each in (f, stateless):
+        found = torch.vmap(lambda w, each=each: each(x, params=[w]))(many)
+        assert_same([found], [many])
+    assert f.weight is new
+    assert_same([f(x)], [new])
+    assert stateless.fast_params is None
+
+
 def test_data_parallel_runs():
     model, ((x, y), *_) = made(mlp), batches(1)
     f, d = entered(nn.DataParallel(model))

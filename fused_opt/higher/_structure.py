@@ -33,10 +33,10 @@ class Structure:
     """The modules of a model once more, with containers, hooks and buffers of their own.
 
     As ``copy.deepcopy`` would have it, except that whatever is no module, buffer or container is
-    shared: parameters, settings, functions. A list of submodules holds the copies, and a bound
-    method of a module is bound to its copy. What ``torch.compile`` has wrapped is taken out: a
-    compiled function cannot be differentiated twice. So is what a ``FunctionalModule`` runs, whose
-    weights are its fast ones.
+    shared: parameters, settings, functions. A list of submodules holds the copies, a tuple of
+    weights has become a list, and a bound method of a module is bound to its copy. What
+    ``torch.compile`` has wrapped is taken out: a compiled function cannot be differentiated twice.
+    So is what a ``FunctionalModule`` runs, whose weights are its fast ones.
 
     Args:
         module: the model.
@@ -128,11 +128,13 @@ class Structure:
         return value
 
     def _copy_container(self, value: Any) -> Any:
-        if isinstance(value, (tuple, set)):  # in which no place can be filled later
+        # No place in a tuple or set can be filled later: weights in a tuple come into a list.
+        has_places = isinstance(value, tuple) and any(id(each) in self._indices for each in value)
+        if isinstance(value, (tuple, set)) and not has_places:
             return type(value)(
                 each if type(each) in _ATOMS else self._copy(each, {}, None) for each in value
             )
-        new = value.copy()
+        new = list(value) if has_places else value.copy()
         self._copies[id(value)] = new  # before its entries, which may hold the container itself
         for key, each in new.items() if isinstance(new, dict) else enumerate(new):
             if type(each) not in _ATOMS:

@@ -89,13 +89,26 @@ class FunctionalModule(nn.Module):
         if params is not None:
             params = list(params)
             if any(map(torch._C._functorch.is_functorch_wrapped_tensor, params)):
-                names = (name for name, _ in self.named_parameters())
-                weights = dict(zip(names, params, strict=True))
-                return torch.func.functional_call(self._root, weights, args, kwargs)
+                return self._run_once(params, args, kwargs)
             self.fast_params = params
         elif not self._history:
             raise ValueError("params: expected the weights to run with, as there are no fast ones")
         return self._root(*args, **kwargs)
+
+    def _run_once(self, params: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs with weights that nothing holds afterwards."""
+        self._check_count(params)
+        # What torch.func.functional_call leaves as it is: weights held by lists, for example.
+        before = [holder[key] for holder, key, _ in self._places]
+        names = [name for name, _ in self._root.named_parameters()]
+        self._install(params)
+        try:
+            return torch.func.functional_call(
+                self._root, dict(zip(names, params, strict=True)), args, kwargs
+            )
+        finally:
+            for (holder, key, _), weight in zip(self._places, before, strict=True):
+                holder[key] = weight
 
     def _renew_buffers(self) -> None:
         """Copies the buffers that have changed; one that modules share stays one."""
@@ -124,15 +137,18 @@ class FunctionalModule(nn.Module):
     @fast_params.setter
     def fast_params(self, params: Iterable[Tensor]) -> None:
         params = list(params)
+        self._check_count(params)
+        if not self._keeps_history:
+            self._history.clear()
+        self._history.append(params)
+        self._install(params)
+
+    def _check_count(self, params: list[Tensor]) -> None:
         if len(params) != self._count:
             raise ValueError(
                 f"params: expected {self._count} tensors, one for each parameter of the model, got "
                 f"{len(params)}"
             )
-        if not self._keeps_history:
-            self._history.clear()
-        self._history.append(params)
-        self._install(params)
 
     def _install(self, params: list[Tensor]) -> None:
         for holder, key, index in self._places:
