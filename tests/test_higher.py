@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import higher as original
 import numpy as np
 import pytest
 import torch
@@ -1589,24 +1590,26 @@ def test_vmap_over_tasks_matches_a_loop():
 # --- Time
 
 
-def test_entering_takes_less_than_a_millisecond():
+def test_entering_takes_a_small_part_of_what_the_package_takes():
     layers = [layer for _ in range(100) for layer in (nn.Linear(8, 8), nn.ReLU())]
     model = nn.Sequential(*layers[:-1])
     assert len(list(model.modules())) == 200
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     torch.set_num_threads(1)
 
-    def seconds_to_enter() -> float:
+    def seconds_to_enter(package) -> float:
         start = time.perf_counter()
-        with higher.innerloop_ctx(model, opt):
+        with package.innerloop_ctx(model, opt):
             return time.perf_counter() - start
 
     gc.collect()
-    gc.disable()  # what other tests have left takes time too, and so may others on the machine
+    gc.disable()  # what other tests have left takes time too
     try:
-        assert min(seconds_to_enter() for _ in range(200)) < 1e-3
+        rounds = [(seconds_to_enter(higher), seconds_to_enter(original)) for _ in range(30)]
     finally:
         gc.enable()
+    ours, theirs = (min(seconds) for seconds in zip(*rounds, strict=True))
+    assert ours < theirs / 6
 
 
 def test_no_class_is_made():
