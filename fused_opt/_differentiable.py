@@ -490,7 +490,9 @@ def _backward(by_kernel: Any, by_torch: Any, ctx: Any, streams: list[Any], incom
     """
     call: _Call = ctx.call
     asked: _Asked = ctx.asked
-    reached = [any(t is not None for t in row) for row in zip(*streams[:incoming], strict=True)]
+    reached = [t is not None for t in streams[0]]
+    for stream in streams[1:incoming]:
+        reached = [r or t is not None for r, t in zip(reached, stream, strict=True)]
     some = [i for i, is_reached in enumerate(reached) if is_reached]
     own_call, own_asked = call, asked
     if len(some) < call.rows:
