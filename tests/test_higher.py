@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import operator
 import pickle
 import time
 import warnings
@@ -1588,6 +1589,23 @@ def test_vmap_over_tasks_matches_a_loop():
 
 
 # --- Time
+
+
+def test_a_step_that_raises_leaves_weights_and_momentum_of_all_groups():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    groups = [
+        {"params": list(model[0].parameters())},
+        {"params": list(model[1].parameters()), "nesterov": True},
+    ]
+    opt = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    with higher.innerloop_ctx(model, opt) as (fmodel, diffopt):
+        diffopt.step(fmodel(torch.ones(4, 3)).sum())
+        weights, state = list(fmodel.parameters()), diffopt.state_dict()["state"]
+        with pytest.raises(ValueError, match="Nesterov"):
+            diffopt.step(fmodel(torch.ones(4, 3)).sum(), override={"momentum": [0.9, 0.0]})
+        assert all(map(operator.is_, fmodel.parameters(), weights))
+        for number, held in diffopt.state_dict()["state"].items():
+            assert torch.equal(held["momentum_buffer"], state[number]["momentum_buffer"])
 
 
 def test_entering_takes_a_small_part_of_what_the_package_takes():

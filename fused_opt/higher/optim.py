@@ -300,17 +300,21 @@ class DifferentiableSGD(DifferentiableOptimizer):
         for number, group in enumerate(self.param_groups):
             maximize = bool(group.get("maximize")) and not _is_sutskever(group)
             alike.setdefault((bool(group["nesterov"]), maximize), []).append(number)
-        for (nesterov, maximize), numbers in alike.items():
-            self._update_groups(numbers, grouped_grads, nesterov, maximize)
+        writes = [
+            self._stepped_groups(numbers, grouped_grads, nesterov, maximize)
+            for (nesterov, maximize), numbers in alike.items()
+        ]
+        for write in writes:  # once no step can fail any more
+            write()
 
-    def _update_groups(
+    def _stepped_groups(
         self,
         numbers: list[int],
         grouped_grads: list[list[Tensor | None]],
         nesterov: bool,
         maximize: bool,
-    ) -> None:
-        """Steps some of the groups together."""
+    ) -> Callable[[], None]:
+        """Steps some of the groups together, and returns what keeps the results."""
         parts = [_prepared(self.param_groups[n], grouped_grads[n]) for n in numbers]
         params, grads, hypers = parts[0] if len(parts) == 1 else _joined(parts)
         states = [
@@ -326,12 +330,16 @@ class DifferentiableSGD(DifferentiableOptimizer):
         elif len(params) <= SHORT and sum(map(Tensor.numel, params)) <= SHORT_ELEMENTS:
             step = _differentiable.step_by_torch
         new_params, new_buffers = step(params, grads, buffers, hypers, nesterov, maximize)
-        rest = iter(new_params)
-        for n in numbers:
-            self.param_groups[n]["params"] = list(islice(rest, len(grouped_grads[n])))
-        for (state, key), buffer in zip(states, new_buffers, strict=True):
-            if buffer is not None:
-                state[key] = buffer
+
+        def write() -> None:
+            rest = iter(new_params)
+            for n in numbers:
+                self.param_groups[n]["params"] = list(islice(rest, len(grouped_grads[n])))
+            for (state, key), buffer in zip(states, new_buffers, strict=True):
+                if buffer is not None:
+                    state[key] = buffer
+
+        return write
 
     def _step_into_spare_memory(
         self,
