@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from fused_opt._averages import Averages, Shadow, all_shadows
 from fused_opt._counter import is_capturing
 from fused_opt._hyper import HALF_DTYPES
-from fused_opt._plan import Gate, Plan
+from fused_opt._plan import Gate, Plan, Refinement
 
 if TYPE_CHECKING:
     from fused_opt.schedules import Schedule
@@ -133,7 +133,7 @@ class Offload:
         copies: Iterable[Pair],
         gate: Gate | None,
         subject: Callable[[str, Tensor], str],
-        refinement: Callable[[Tensor], Tensor | None] | None,
+        refinement: Refinement | None,
         stochastic: bool,
     ) -> Callable[[], None]:
         """Plans an update, which what is returned begins; to be called after the step.
@@ -186,7 +186,7 @@ class Offload:
         plan.clear(lambda stream, value: subject(stream, owners[value]))
         try:
             plan.set_averages(on_host)
-            plan.add_remaining_ema(refinements.get if refinements else None)
+            plan.add_remaining_ema(lambda: refinements.get if refinements else None)
             job = plan.host_job(found_inf)
         finally:
             plan.clear(lambda stream, _: stream)  # the subject may be of an optimizer, which may go
@@ -205,7 +205,7 @@ class Offload:
     def _rows(
         self,
         averages: Averages,
-        refinement: Callable[[Tensor], Tensor | None] | None,
+        refinement: Refinement | None,
         pairs: list[Pair],
     ) -> tuple[Averages, dict[Tensor, Tensor], dict[Tensor, Tensor]]:
         """The averages of what is copied out, its refinements, and the parameter of each."""

@@ -65,6 +65,9 @@ class Rows(NamedTuple):
         )
 
 
+#: What refines a parameter, if anything does.
+Refinement = Callable[[Tensor], Tensor | None]
+
 _NO_ROWS = Rows([], None, None, None, None)
 
 
@@ -228,13 +231,14 @@ class Plan:
 
     def add_remaining_ema(
         self,
-        refinement: Callable[[Tensor], Tensor | None] | None = None,
+        refinements: Callable[[], Refinement | None] = lambda: None,
         roundings: Callable[[], dict[Tensor, Rounding]] = dict,
     ) -> None:
         """Adds the EMA of all parameters that were not added with their shadow.
 
         Args:
-            refinement: what refines a parameter, if anything does; None where nothing does.
+            refinements: what gives the refinement of a parameter, None where nothing is refined;
+                called where there are shadows to add.
             roundings: the parameters whose shadows are rounded stochastically, with the rounding of
                 each; called where there are shadows to add.
         """
@@ -244,8 +248,9 @@ class Plan:
         if not params:
             return
         # A standalone update comes here with every parameter, and spends no time on each in Python.
-        refinements = None if refinement is None else [refinement(param) for param in params]
-        rows = Rows(params, None, None, left, refinements)
+        refinement = refinements()
+        refined = None if refinement is None else [refinement(param) for param in params]
+        rows = Rows(params, None, None, left, refined)
         found = roundings()
         if not found:
             self._add(rows, None, first=False)

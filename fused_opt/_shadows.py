@@ -13,7 +13,7 @@ from fused_opt._averages import Averages, Shadow, is_frozen
 from fused_opt._ema_names import Names, Slot, check_match, named
 from fused_opt._hyper import HALF_DTYPES
 from fused_opt._offload import Offload, host_like, is_away
-from fused_opt._plan import Gate
+from fused_opt._plan import Gate, Refinement
 
 WIDER = dict.fromkeys(HALF_DTYPES, torch.float32)
 
@@ -117,7 +117,7 @@ class Shadows:
         averages: Averages,
         gate: Gate | None,
         subject: Callable[[str, Tensor], str],
-        refinement: Callable[[Tensor], Tensor | None] | None,
+        refinement: Refinement | None,
         stochastic: bool,
     ) -> Callable[[], None]:
         """Plans an update of shadows that are offloaded, and the copies: ``Offload.planned``."""

@@ -28,7 +28,7 @@ from fused_opt._ema_names import (
 )
 from fused_opt._ema_state import Held, Origin, Progress, Saved, write_own
 from fused_opt._hyper import check_decay
-from fused_opt._plan import Gate, Plan
+from fused_opt._plan import Gate, Plan, Refinement
 from fused_opt._shadows import Shadows, copy_all, fits, memory_like
 from fused_opt.post_hoc import Snapshot
 from fused_opt.schedules import Schedule, power_function
@@ -340,12 +340,12 @@ class EMA:
         averages: Averages,
         gate: Gate | None,
         subject: Callable[[str, Tensor], str],
-        refinement: Callable[[Tensor], Tensor | None] | None = None,
+        refinements: Callable[[], Refinement | None] = lambda: None,
         stochastic: bool = False,
     ) -> Callable[[], None]:
         """Plans the rest of an update, and returns what does it, to be called after the pass."""
         if self._kept.is_offloaded:
-            return self._kept.planned_on_host(averages, gate, subject, refinement, stochastic)
+            return self._kept.planned_on_host(averages, gate, subject, refinements(), stochastic)
         return partial(self._copy_buffers, gate)
 
     def _averages(self, left_to_device: bool) -> Averages | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 import torch
@@ -24,7 +25,7 @@ from fused_opt._hyper import (
     common_max_grad_norm,
 )
 from fused_opt._masters import store_
-from fused_opt._plan import Clip, Gate, Plan, Rows, new_momentum
+from fused_opt._plan import Clip, Gate, Plan, Refinement, Rows, new_momentum
 from fused_opt._rounding import group_roundings, shadow_roundings
 from fused_opt._state import ParamStates
 from fused_opt.ema import EMA
@@ -595,7 +596,7 @@ class SGD(torch.optim.SGD):
                 started += [(rows, hyper) for rows in self._start_state(new, hyper)]
         if averages is not None:
             plan.add_remaining_ema(
-                self._refinements(started),
+                partial(self._refinements, started),
                 lambda: shadow_roundings(averages.shadows, self.param_groups, roundings),
             )
         return started
@@ -624,7 +625,7 @@ class SGD(torch.optim.SGD):
         finish = None
         if self._ema is not None and averages is not None:
             finish = self._ema._planned_besides(
-                averages, gate, self._subject, self._refinements(started), rounding
+                averages, gate, self._subject, partial(self._refinements, started), rounding
             )
         self._plan.run(clip, gate)
         if finish is not None:
@@ -639,9 +640,7 @@ class SGD(torch.optim.SGD):
             for group in self.param_groups:
                 group["rounding_steps"] += 1
 
-    def _refinements(
-        self, started: list[tuple[Rows, SgdHyper]]
-    ) -> Callable[[Tensor], Tensor | None] | None:
+    def _refinements(self, started: list[tuple[Rows, SgdHyper]]) -> Refinement | None:
         """What gives the refinement of a parameter, those that this step makes among them."""
         if not any(group["master_weights"] for group in self.param_groups):
             return None
