@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
+import native_variants
 import pytest
 import torch
 from hypothesis import settings
+
+# A variant of the module is loaded under the name of the package's own before the package is.
+if native_variants.NATIVE in os.environ:
+    sys.modules["fused_opt._C"] = native_variants.load(os.environ[native_variants.NATIVE])
 
 #: With this variable set to 1, a `cuda` test fails where there is no GPU instead of being skipped.
 REQUIRE_GPU = "FUSED_OPT_REQUIRE_GPU"
