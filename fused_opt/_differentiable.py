@@ -451,7 +451,12 @@ class _SgdStep(torch.autograd.Function):
         ]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(t for stream in kept for t in stream), *tensors[3 * n :])
-        return (*new_params, *new_buffers)
+        outputs = (*new_params, *new_buffers)
+        depends = [d for stream in _depending_by_sgd(call, ctx.asked) for d in stream]
+        ctx.mark_non_differentiable(
+            *(t for t, d in zip(outputs, depends, strict=True) if t is not None and not d)
+        )
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *of_outputs: Tensor | None) -> Any:
@@ -474,7 +479,11 @@ class _EmaUpdate(torch.autograd.Function):
         ctx.save_for_backward(
             *_kept(call, shadows, needed), *_kept(call, params, needed), *tensors[2 * n :]
         )
-        return tuple(_ema_forward(call, shadows, params))
+        outputs = tuple(_ema_forward(call, shadows, params))
+        by_decay = call.of_rows([rule[0] for rule in ctx.asked.numbers(call)])
+        depends = map(any, zip(*ctx.asked.by_rows, by_decay, strict=True))
+        ctx.mark_non_differentiable(*(t for t, d in zip(outputs, depends, strict=True) if not d))
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *of_shadows: Tensor | None) -> Any:
@@ -542,6 +551,27 @@ def _ema_forward(
     if out is not None:
         increment_version(new)
     return new
+
+
+def _depending_by_sgd(call: _Call, asked: _Asked) -> tuple[list[bool], list[bool]]:
+    """Which new parameters and buffers depend on what a derivative is asked by.
+
+    The others are constants: they are in the node because of what stands beside them.
+    """
+    of_params, of_grads, of_buffers = asked.by_rows
+    if all(of_grads):
+        return [True] * call.rows, [True] * call.rows
+    rules = call.of_rows(list(zip(call.rules, asked.numbers(call), strict=True)))
+    new_params, new_buffers = [], []
+    for of_p, of_g, of_v, (rule, numbers) in zip(
+        of_params, of_grads, of_buffers, rules, strict=True
+    ):
+        of_lr, of_momentum, of_weight_decay, of_dampening = numbers
+        of_d = of_g or of_weight_decay or (of_p and _is_on(rule.weight_decay))
+        of_v = of_d or of_v or of_momentum or of_dampening
+        new_params.append(of_p or of_v or of_lr)
+        new_buffers.append(of_v)
+    return new_params, new_buffers
 
 
 def _saved_by_sgd(call: _Call, asked: list[list[bool]]) -> list[tuple[bool, ...]]:

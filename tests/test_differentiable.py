@@ -467,6 +467,38 @@ def test_only_some_inputs_require_gradients(asked, path):
     assert_derivatives(found, wanted, 1e-13)
 
 
+@pytest.mark.parametrize("flags", [{"momentum": 0.9}, {"momentum": 0.9, "weight_decay": 0.1}, {}])
+@pytest.mark.parametrize("asked", ["param", "grad", "buffer"])
+def test_what_depends_on_nothing_learned_is_a_constant(asked, flags, path):
+    # The second row has the input that is asked for; a frozen parameter is the first.
+    params, grads, buffers = (tensors(seed=seed, requires_grad=False) for seed in (1, 2, 3))
+    {"param": params, "grad": grads, "buffer": buffers}[asked][1].requires_grad_()
+    found, expected = (
+        call(params, grads, buffers, lr=0.1, **flags) for call in (sgd_step, plain_step)
+    )
+    for of_found, of_expected in zip(found, expected, strict=True):
+        for i, (t, e) in enumerate(zip(of_found, of_expected, strict=True)):
+            assert (t is None) == (e is None)
+            assert t is None or t.requires_grad == e.requires_grad, (i, t.requires_grad)
+    assert not found[0][0].requires_grad
+    assert found[0][1].requires_grad == (asked != "buffer" or bool(flags))
+
+
+def test_what_no_learned_rate_reaches_is_a_constant(path):
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    params, grads, buffers = (tensors(seed=seed, requires_grad=False) for seed in (1, 2, 3))
+    new_params, new_buffers = sgd_step(params, grads, buffers, lr=lr, momentum=0.9)
+    assert all(p.requires_grad for p in new_params)
+    assert not any(v.requires_grad for v in new_buffers)
+
+
+def test_an_average_of_constants_is_a_constant(path):
+    shadows, params = (tensors(seed=seed, requires_grad=False) for seed in (1, 2))
+    params[1].requires_grad_()
+    new = ema_update(shadows, params, decay=0.9)
+    assert [s.requires_grad for s in new[:2]] == [False, True]
+
+
 USES = {
     "parameters": lambda p, v: p,
     "buffers": lambda p, v: v,
