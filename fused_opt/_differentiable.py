@@ -8,7 +8,6 @@ elsewhere, and for derivatives of derivatives, the same equations run as torch o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,11 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from fused_opt._cuda_advice import cuda_advice
 from fused_opt._hyper import HALF_DTYPES, as_scalar, check_decay
-from fused_opt._native import native
-
-_module = cache(native)  # importing it each time would cost more than what it is called for
+from fused_opt._launch import CPU, launch, require_kernels_for
+from fused_opt._native import cached_native
 
 Number: TypeAlias = float | Tensor
 #: One for all parameters, or one for each.
@@ -31,7 +28,6 @@ Tensors: TypeAlias = Sequence[Tensor | None]
 _SGD, _SGD_BACKWARD, _EMA, _EMA_BACKWARD = range(4)  # PassKind in csrc
 _SUMS = 4  # kPassSums: the numbers of a rule
 _TORCH = 2  # of Pass::Fit
-_CPU = -1  # as a device index
 _NODE_ELEMENTS = 1 << 12  # at least, where the memory of fewer is nothing beside a node's own
 
 
@@ -260,23 +256,19 @@ class _Call(NamedTuple):
         return ordered is not None and self._run(kind, [*ordered, *outputs], trusted, sums)
 
     def _run(self, kind: int, streams: list[Any], trusted: int, sums: Tensor | None) -> bool:
-        module = _module()
         args = (kind, streams, self.rule_of, self.rules, self.nesterov, self.maximize, trusted)
         address = 0 if sums is None else sums.data_ptr()
-        if self.device == _CPU:
-            return bool(module.run_pass(*args, torch.get_num_threads(), address))
-        try:
-            with torch.cuda.device(self.device):
-                return bool(module.run_pass(*args, 1, address))
-        except module.CudaError as error:
-            code, message = error.args
-            raise RuntimeError(f"{message}. {cuda_advice(code, self.device)}") from None
+        return bool(
+            launch(
+                self.device, lambda _, threads: cached_native().run_pass(*args, threads, address)
+            )
+        )
 
     def new_sums(self, needed: Sequence[bool]) -> Tensor | None:
         """Memory for the derivatives by hyper-parameters, if some are asked for."""
         if not any(needed):
             return None
-        device = torch.device("cpu") if self.device == _CPU else torch.device("cuda", self.device)
+        device = torch.device("cpu") if self.device == CPU else torch.device("cuda", self.device)
         size = _SUMS * (len(self.rules) + self.chunks)
         return torch.empty(size, dtype=torch.float64, device=device)
 
@@ -316,13 +308,14 @@ def _fitting_call(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> _Call | None:
-    module = _module()
+    module = cached_native()
     try:
         fit, device, chunks = module.fit_pass(streams, rules)
     except TypeError:  # an entry is no tensor, and is named later
         return None
-    if fit == _TORCH or (device != _CPU and module.cuda_version is None):
+    if fit == _TORCH:
         return None
+    require_kernels_for([device])
     tensors = [
         (r, k, number)
         for r, rule in enumerate(rules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
 
@@ -21,3 +22,6 @@ def native() -> ModuleType:
             "`python -m fused_opt.doctor` explains what is wrong."
         ) from error
     return _C
+
+
+cached_native = cache(native)  # for what takes less time than an import of what is there

@@ -18,8 +18,8 @@ from torch.autograd.graph import increment_version
 from fused_opt import _composite, _rounding
 from fused_opt._averages import Averages, Shadow, all_shadows
 from fused_opt._counter import is_capturing
-from fused_opt._cuda_advice import cuda_advice, rebuild_command
 from fused_opt._hyper import SCALARS, ClipHyper, SgdHyper, as_scalar
+from fused_opt._launch import CPU, launch, require_kernels_for
 from fused_opt._native import native
 from fused_opt._rounding import Rounding, shadow_stream
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _STREAMS = ("params", "grads", "momentum_buffers", "shadows", "refinements")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_CPU = -1  # as a device index
 _ALL_GROUPS = -1
 
 
@@ -315,7 +314,7 @@ class Plan:
 
     def _norm_on(self, device: int, chunks: int, hyper: ClipHyper) -> Tensor:
         """The norm and the coefficient, as if the gradients of a device were all there are."""
-        memory = self._memory("norm", device, 2 if device == _CPU else 2 + chunks)
+        memory = self._memory("norm", device, 2 if device == CPU else 2 + chunks)
         max_norm, of_max_norm = self._number_and_address(hyper.max_norm, "max_grad_norm", device)
         scale, of_scale = self._number_and_address(hyper.grad_scale, "grad_scale", device)
         native_hyper = self._module.ClipHyper(
@@ -325,7 +324,7 @@ class Plan:
             native_hyper.set_max_norm(*of_max_norm)
         if of_scale is not None:
             native_hyper.set_grad_scale(*of_scale)
-        self._launch(device, self._native.grad_norm, native_hyper, memory.data_ptr())
+        launch(device, self._native.grad_norm, native_hyper, memory.data_ptr())
         return memory
 
     def reserve(self, device: torch.device, groups: int, elements: list[int]) -> None:
@@ -333,8 +332,8 @@ class Plan:
         index = _index_of(device)
         chunk = self._module.norm_chunk_elements
         chunks = sum(-(-numel // chunk) for numel in elements)
-        self._memory("norm", index, 2 if index == _CPU else 2 + chunks)
-        if index != _CPU:
+        self._memory("norm", index, 2 if index == CPU else 2 + chunks)
+        if index != CPU:
             self._memory("groups", index, self._module.memory_bytes(groups) // 8)
 
     def _memory(self, what: str, device: int, doubles: int) -> Tensor:
@@ -355,18 +354,11 @@ class Plan:
         """
         self._checked(self._native.check)
         self._check_capture()
-        if self._module.cuda_version is not None:
-            return
-        on_gpu = [device for device in self._native.devices() if device != _CPU]
-        if on_gpu:
-            raise RuntimeError(
-                "the parameters are on CUDA, and fused_opt was built without CUDA kernels. Rebuild "
-                f"it where there is an nvcc, 12.1 or newer: {rebuild_command(on_gpu[0])}"
-            )
+        require_kernels_for(self._native.devices())
 
     def _check_capture(self) -> None:
         """A graph would not hold what runs on the CPU: it would run now, and in no replay."""
-        if _CPU not in self._native.devices() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if CPU not in self._native.devices() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             return
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -394,7 +386,7 @@ class Plan:
         by_memory = any(each is not None for each in (clip, gate, *counts))
         if not (by_memory or self._tensors or self._decays or self._many_averages):
             for device in devices:
-                self._launch(device, self._native.run, 0)
+                launch(device, self._native.run, 0)
         else:
             self._run_by_scalars(devices, clip, gate, counts)
         self._write_copies()
@@ -412,7 +404,7 @@ class Plan:
             raise ValueError("expected tensors without gaps that a kernel reaches")
         self.check()
         on_device = None if self._averages is None else self._averages.on_device
-        self._set_scalars(_CPU, None, Gate(found_inf, [], _device_of(_CPU)), None, on_device)
+        self._set_scalars(CPU, None, Gate(found_inf, [], _device_of(CPU)), None, on_device)
         return self._native.host_job(torch.get_num_threads())
 
     @property
@@ -438,7 +430,7 @@ class Plan:
         }
         for device in devices:
             memory = self._set_scalars(device, clip, gate, *counts_on[device])
-            self._launch(device, self._native.run, 0 if memory is None else memory.data_ptr())
+            launch(device, self._native.run, 0 if memory is None else memory.data_ptr())
 
     def _set_scalars(
         self,
@@ -465,7 +457,7 @@ class Plan:
             self._native.set_scalar(_ALL_GROUPS, SCALARS.index("clip"), *address)
         if gate is not None:
             self._set_gate(device, gate)
-        size = 0 if device == _CPU else self._native.memory_bytes(device)
+        size = 0 if device == CPU else self._native.memory_bytes(device)
         if size == 0:
             return None
         memory = self._memory("groups", device, size // 8)
@@ -488,7 +480,7 @@ class Plan:
 
         A tensor on the CPU is known as a number, and a GPU is not made to wait for its copy.
         """
-        if device != _CPU and not tensor.is_cuda and not from_host:
+        if device != CPU and not tensor.is_cuda and not from_host:
             return 0, False
         if tensor.dtype not in (torch.float64, torch.float32):
             tensor = tensor.to(torch.float64)
@@ -516,12 +508,12 @@ class Plan:
         for grad in self._torch_grads:
             grad.mul_(clip.coefficient.to(grad.device))
         for device in self._native.devices():
-            self._launch(device, self._native.scale_grads, *self._coefficient_on(device, clip))
+            launch(device, self._native.scale_grads, *self._coefficient_on(device, clip))
         self._write_copies()
 
     def _coefficient_on(self, device: int, clip: Clip) -> tuple[float, int]:
         """The number for the CPU, an address for a GPU, where it is not waited for."""
-        if device == _CPU:
+        if device == CPU:
             return float(clip.coefficient), 0
         coefficient = clip.coefficient.to(torch.device("cuda", device))
         self._scalars.append(coefficient)
@@ -535,17 +527,6 @@ class Plan:
         for tensor, copy, written in self._copies:
             if written:
                 tensor.copy_(copy)
-
-    def _launch(self, device: int, call: Callable[..., None], *args: Any) -> None:
-        """Runs native code on a device."""
-        if device == _CPU:
-            return call(device, torch.get_num_threads(), *args)
-        try:
-            with torch.cuda.device(device):
-                call(device, 1, *args)
-        except self._module.CudaError as error:
-            code, message = error.args
-            raise RuntimeError(f"{message}. {cuda_advice(code, device)}") from None
 
     def _add(self, rows: Rows, hyper: SgdHyper | None, first: bool) -> None:
         if not rows.params:
@@ -795,11 +776,11 @@ def new_momentum(param: Tensor, hyper: SgdHyper) -> Tensor:
 
 
 def _device_of(index: int) -> torch.device:
-    return torch.device("cpu") if index == _CPU else torch.device("cuda", index)
+    return torch.device("cpu") if index == CPU else torch.device("cuda", index)
 
 
 def _index_of(device: torch.device) -> int:
-    return _CPU if device.type == "cpu" else device.index
+    return CPU if device.type == "cpu" else device.index
 
 
 class _Local(threading.local):

@@ -697,9 +697,8 @@ def test_a_gpu_without_code_is_named_with_the_command_that_builds_it(code, monke
     def run(device, threads):
         raise module.CudaError(code, "cudaErrorSomething while loading the kernel")
 
-    plan = fused_opt._plan.Plan()
     with pytest.raises(RuntimeError) as caught:
-        plan._launch(1, run)
+        fused_opt._launch.launch(1, run)
     message = str(caught.value)
     assert message.startswith("cudaErrorSomething while loading the kernel. ")
     assert "GPU number 1 (cuda:1) is of architecture 121" in message
@@ -728,6 +727,19 @@ def test_cuda_tensors_and_a_cpu_only_module_end_in_the_command_that_builds(monke
     plan._native = types.SimpleNamespace(check=lambda: None, devices=lambda: [-1, 0])
     with pytest.raises(RuntimeError, match=r"without CUDA kernels.*FUSED_OPT_CUDA_ARCHS=90 .*pip"):
         plan.run()
+
+
+def test_a_differentiable_step_of_cuda_tensors_ends_in_the_same_command(monkeypatch):
+    module = fused_opt._native.native()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(module, "cuda_version", None)
+    monkeypatch.setattr(module, "fit_pass", lambda streams, rules: (0, 0, 1))  # on cuda:0
+    tensors = [torch.ones(3)]
+    with pytest.raises(RuntimeError, match=r"without CUDA kernels.*FUSED_OPT_CUDA_ARCHS=90 .*pip"):
+        fused_opt.functional.sgd_step(tensors, tensors, lr=0.1)
+    with pytest.raises(RuntimeError, match=r"without CUDA kernels.*FUSED_OPT_CUDA_ARCHS=90 .*pip"):
+        fused_opt.functional.ema_update(tensors, tensors, decay=0.9)
 
 
 def test_a_module_that_is_missing_points_to_the_doctor(monkeypatch):
