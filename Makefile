@@ -59,7 +59,7 @@ lint: $(REQUIREMENTS_STAMP) ## Check formatting, style and types of every file t
 format: $(REQUIREMENTS_STAMP) ## Rewrite the sources in the form that lint asks for
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format --quiet .
-	@$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
+	@$(BIN)/clang-format -i $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
 # FUSED_OPT_CUDA_ARCHS: what this GPU is (90: H100 and H200). One architecture keeps the build short.
 gpu: FUSED_OPT_CUDA_ARCHS ?= 90

@@ -725,7 +725,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("run_pass", run_pass);
   module.attr("pass_sums") = kPassSums;
 
-  py::class_<Group>(module, "Group")
+  py::class_<Group>(module, "Group", py::module_local())
       .def(py::init(&make_group), py::kw_only(), py::arg("lr") = 0, py::arg("momentum") = 0,
            py::arg("dampening") = 0, py::arg("weight_decay") = 0, py::arg("grad_scale") = 1,
            py::arg("nesterov") = false, py::arg("maximize") = false,
@@ -733,7 +733,7 @@ PYBIND11_MODULE(_C, module) {
            py::arg("reset_grads") = false, py::arg("tensors") = -1,
            py::arg("rounding") = py::none());
 
-  py::class_<ClipHyper>(module, "ClipHyper")
+  py::class_<ClipHyper>(module, "ClipHyper", py::module_local())
       .def(py::init([](double max_norm, double grad_scale, bool infinity) {
              return ClipHyper{max_norm, grad_scale, infinity};
            }),
@@ -747,12 +747,12 @@ PYBIND11_MODULE(_C, module) {
         hyper.grad_scale_scalar = {reinterpret_cast<const void*>(address), is_double};
       });
 
-  py::class_<HostJob>(module, "HostJob")
+  py::class_<HostJob>(module, "HostJob", py::module_local())
       .def("add_copy", &HostJob::add_copy)
       .def("run", &HostJob::run, py::call_guard<py::gil_scoped_release>())
       .def("enqueue", &HostJob::enqueue);
 
-  py::class_<PyPlan>(module, "Plan")
+  py::class_<PyPlan>(module, "Plan", py::module_local())
       .def(py::init())
       .def("clear", &PyPlan::clear)
       .def("set_averages", &PyPlan::set_averages)

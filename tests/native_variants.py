@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -44,7 +44,12 @@ VARIANTS = {
         preload=("libasan.so", "libubsan.so"),
         environ={"ASAN_OPTIONS": ASAN_OPTIONS, "UBSAN_OPTIONS": "print_stacktrace=1"},
     ),
+    # The kernels of CUDA, run on the CPU: tests/emulator.
+    "emulated": Variant("-O1", ("-DFUSED_OPT_EMULATE_CUDA=ON",)),
 }
+VARIANTS["emulated-asan"] = replace(
+    VARIANTS["asan"], cmake_options=VARIANTS["emulated"].cmake_options
+)
 
 
 def build(name: str) -> Path:
@@ -60,7 +65,7 @@ def build(name: str) -> Path:
         f"-DCMAKE_CXX_FLAGS={variant.cxx_flags}",
         *variant.cmake_options,
     ]
-    for command in (configure, [cmake, "--build", str(folder)]):
+    for command in (configure, [cmake, "--build", str(folder), "--target", "_C"]):
         result = subprocess.run(
             command, capture_output=True, text=True, env=os.environ | {"FUSED_OPT_CUDA": "0"}
         )

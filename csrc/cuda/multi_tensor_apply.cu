@@ -38,6 +38,18 @@ void preload(const void* kernel, int device) {
   loaded.insert({kernel, device});
 }
 
+// Enqueues a kernel. The arguments are those of the kernel, which CUDA copies at once; here they
+// are not, for a table is large.
+template <typename... Parameters>
+void launch_kernel(void (*kernel)(Parameters...), const char* doing, int64_t blocks, int threads,
+                   int device, cudaStream_t stream,
+                   const std::common_type_t<Parameters>&... arguments) {
+  preload(reinterpret_cast<const void*>(kernel), device);
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(threads), pointers, 0, stream),
+        doing);
+}
+
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // in a grid
 
 int64_t chunks_of(const TensorRow& row) {
@@ -80,11 +92,8 @@ class Launcher {
   void flush() {
     if (rows_ == 0) return;
     table_->rows = rows_;
-    const auto kernel = reinterpret_cast<const void*>(step_kernel<T, kMixed, kMany, Table>);
-    preload(kernel, device_);
-    void* arguments[] = {table_.get()};
-    check(cudaLaunchKernel(kernel, dim3(unsigned(chunks_)), dim3(kThreads), arguments, 0, stream_),
-          "launching the step");
+    launch_kernel(step_kernel<T, kMixed, kMany, Table>, "launching the step", chunks_, kThreads,
+                  device_, stream_, *table_);
     rows_ = groups_ = 0;
     chunks_ = 0;
     last_group_ = -1;
@@ -222,18 +231,12 @@ void for_each_table(const TensorList& grads, Launch launch) {
   flush();
 }
 
-void launch(const void* kernel, int64_t blocks, void** arguments, int device, cudaStream_t stream) {
-  preload(kernel, device);
-  check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(kThreads), arguments, 0, stream),
-        "launching a kernel");
-}
-
 template <typename Table>
 void norm_chunks(const TensorList& grads, bool infinity, int device, cudaStream_t stream,
                  double* sums) {
-  for_each_table<Table>(grads, [&](Table& table, int64_t chunks) {
-    void* arguments[] = {&table, &infinity, &sums};
-    launch(reinterpret_cast<const void*>(norm_kernel<Table>), chunks, arguments, device, stream);
+  for_each_table<Table>(grads, [&](const Table& table, int64_t chunks) {
+    launch_kernel(norm_kernel<Table>, "launching the norm of gradients", chunks, kThreads, device,
+                  stream, table, infinity, sums);
     sums += chunks;
   });
 }
@@ -241,9 +244,9 @@ void norm_chunks(const TensorList& grads, bool infinity, int device, cudaStream_
 template <typename Table>
 void scale_chunks(const TensorList& grads, const double* coefficient, int device,
                   cudaStream_t stream) {
-  for_each_table<Table>(grads, [&](Table& table, int64_t chunks) {
-    void* arguments[] = {&table, &coefficient};
-    launch(reinterpret_cast<const void*>(scale_kernel<Table>), chunks, arguments, device, stream);
+  for_each_table<Table>(grads, [&](const Table& table, int64_t chunks) {
+    launch_kernel(scale_kernel<Table>, "launching the scaling of gradients", chunks, kThreads,
+                  device, stream, table, coefficient);
   });
 }
 
@@ -258,9 +261,8 @@ void launch_pass(const PassList& list, int device, cudaStream_t stream, double* 
   table->rows = 0;
   const auto flush = [&] {
     if (chunks > 0) {
-      void* arguments[] = {table.get(), &of_chunks};
-      launch(reinterpret_cast<const void*>(pass_kernel<T, Pass, kWithSums, Table>), chunks,
-             arguments, device, stream);
+      launch_kernel(pass_kernel<T, Pass, kWithSums, Table>, "launching a pass", chunks, kThreads,
+                    device, stream, *table, of_chunks);
       of_chunks += chunks * kPassSums;
     }
     table->rows = hypers = 0;
@@ -315,9 +317,8 @@ void launch_sums(const PassList& list, int device, cudaStream_t stream, double* 
   for (int first = 0; first < count; first += BoundsTable::kHypers) {
     const int some = std::min(count - first, BoundsTable::kHypers);
     std::copy_n(bounds.data() + first, some + 1, table->bounds);
-    double* results = sums + int64_t(first) * kPassSums;
-    void* arguments[] = {table.get(), &of_chunks, &results};
-    launch(reinterpret_cast<const void*>(pass_sums_kernel), some, arguments, device, stream);
+    launch_kernel(pass_sums_kernel, "launching the sums of a pass", some, kThreads, device, stream,
+                  *table, of_chunks, sums + int64_t(first) * kPassSums);
   }
 }
 
@@ -346,11 +347,8 @@ void prepare_rules(const TensorList& list, const DeviceRules<float>& floats,
     std::copy_n(list.groups.data() + group, table->group_count, table->groups);
     std::copy_n(list.averages.data() + average, table->average_count, table->averages);
     std::copy_n(list.gate.counters.data() + counter, table->counter_count, table->counters);
-    preload(reinterpret_cast<const void*>(hyper_kernel), device);
-    void* arguments[] = {table.get()};
-    check(cudaLaunchKernel(reinterpret_cast<const void*>(hyper_kernel), dim3(1),
-                           dim3(kHyperThreads), arguments, 0, stream),
-          "launching the kernel of hyper-parameters");
+    launch_kernel(hyper_kernel, "launching the kernel of hyper-parameters", 1, kHyperThreads,
+                  device, stream, *table);
     group += table->group_count;
     average += table->average_count;
     counter += table->counter_count;
@@ -424,9 +422,8 @@ void grad_norm(const TensorList& grads, const ClipHyper& hyper, int device, void
   for (const TensorRow& row : grads.rows) chunks += rules::sum_chunks(row.numel);
   (small ? norm_chunks<SmallGradTable> : norm_chunks<LargeGradTable>)(grads, hyper.infinity, device,
                                                                       queue, sums);
-  ClipHyper copy = hyper;
-  void* arguments[] = {&sums, &chunks, &copy, &result};
-  launch(reinterpret_cast<const void*>(clip_kernel), 1, arguments, device, queue);
+  launch_kernel(clip_kernel, "launching the kernel of clipping", 1, kThreads, device, queue, sums,
+                chunks, hyper, result);
 }
 
 void run_pass(const PassList& list, int device, void* stream, double* sums) {
