@@ -1,7 +1,8 @@
 """On CUDA: the CPU's bits, in one launch, on the current stream, without waiting for the device.
 
 Each scenario runs on the CPU and on the GPU with the same numbers. Both backends compile the same
-rules without contraction, so the CPU's result is an oracle for the GPU to the last bit.
+rules without contraction, so the CPU's result is an oracle for the GPU to the last bit. And each
+runs with the same kernels in the emulator, which needs no GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated import emulator
 from reference import (
     DTYPES,
     HALF_DTYPES,
@@ -28,9 +30,16 @@ from torch import Tensor, nn
 from fused_opt import EMA, SGD
 from fused_opt.functional import ema_update_, sgd_step_
 
-pytestmark = pytest.mark.cuda
-
 DEVICE = "cuda"
+needs_gpu = pytest.mark.cuda
+
+
+@pytest.fixture(params=["emulated", pytest.param(DEVICE, marks=needs_gpu)])
+def target(request: pytest.FixtureRequest) -> str:
+    """What has to give the CPU's bits: a GPU, or its kernels in the emulator (emulated.py)."""
+    return request.param
+
+
 STEPS = 4
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -58,14 +67,17 @@ Scenario = Callable[[torch.device], Advance]
 
 def history(scenario: Scenario, device: str, steps: int) -> list[list[Tensor]]:
     """What a scenario wrote, step by step, on the CPU."""
+    if device == "emulated":
+        with emulator().in_place():
+            return history(scenario, "cpu", steps)
     advance = scenario(torch.device(device))
     return [[t.detach().cpu().clone() for t in advance(step)] for step in range(steps)]
 
 
-def assert_same_on_both(scenario: Scenario, steps: int = STEPS) -> None:
-    expected, actual = (history(scenario, device, steps) for device in ("cpu", DEVICE))
-    for step, (on_cpu, on_device) in enumerate(zip(expected, actual, strict=True)):
-        for i, (e, a) in enumerate(zip(on_cpu, on_device, strict=True)):
+def assert_same_on_both(scenario: Scenario, target: str, steps: int = STEPS) -> None:
+    expected, actual = (history(scenario, device, steps) for device in ("cpu", target))
+    for step, (on_cpu, on_target) in enumerate(zip(expected, actual, strict=True)):
+        for i, (e, a) in enumerate(zip(on_cpu, on_target, strict=True)):
             assert_same_bits(a, e, f"step {step}, tensor {i}")
 
 
@@ -148,24 +160,24 @@ def no_synchronisation() -> Iterator[None]:
 
 @pytest.mark.parametrize(("dtype", "grad_dtype"), PAIRS)
 @pytest.mark.parametrize("flags", legal_flags(formulation=("torch", "sutskever")), ids=flag_id)
-def test_a_step_has_the_cpus_bits(flags, dtype, grad_dtype):
+def test_a_step_has_the_cpus_bits(flags, dtype, grad_dtype, target):
     shapes = [(), (0,), (1,), (17,), (1000,), (8193,)]
     make = of_shapes(shapes, dtype)
-    assert_same_on_both(training(make, grad_dtype=grad_dtype, decay=None, **flags))
-    assert_same_on_both(training(make, grad_dtype=grad_dtype, reset_grads=True, **flags))
+    assert_same_on_both(training(make, grad_dtype=grad_dtype, decay=None, **flags), target)
+    assert_same_on_both(training(make, grad_dtype=grad_dtype, reset_grads=True, **flags), target)
 
 
 @pytest.mark.parametrize("decay", [None, 0.999, 0.25])
 @pytest.mark.parametrize(("dtype", "grad_dtype"), PAIRS)
-def test_every_size_has_the_cpus_bits(dtype, grad_dtype, decay):
+def test_every_size_has_the_cpus_bits(dtype, grad_dtype, decay, target):
     make = of_shapes(SHAPES, dtype)
     options = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
-    assert_same_on_both(training(make, grad_dtype=grad_dtype, decay=decay, **options))
+    assert_same_on_both(training(make, grad_dtype=grad_dtype, decay=decay, **options), target)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.25, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize(("shadow_dtype", "dtype"), SHADOWS)
-def test_an_update_has_the_cpus_bits(shadow_dtype, dtype, decay):
+def test_an_update_has_the_cpus_bits(shadow_dtype, dtype, decay, target):
     def scenario(device: torch.device) -> Advance:
         shadows = [tensor(s, shadow_dtype, device, seed=i) for i, s in enumerate(SHAPES)]
 
@@ -177,12 +189,12 @@ def test_an_update_has_the_cpus_bits(shadow_dtype, dtype, decay):
 
         return advance
 
-    assert_same_on_both(scenario)
+    assert_same_on_both(scenario, target)
 
 
 @pytest.mark.parametrize("formulation", ["torch", "sutskever"])
 @pytest.mark.parametrize(("shadow_dtype", "dtype"), SHADOWS)
-def test_the_functional_step_has_the_cpus_bits(shadow_dtype, dtype, formulation):
+def test_the_functional_step_has_the_cpus_bits(shadow_dtype, dtype, formulation, target):
     shapes = [(5,), (8193,), (3, 4)]
 
     def scenario(device: torch.device) -> Advance:
@@ -208,12 +220,12 @@ def test_the_functional_step_has_the_cpus_bits(shadow_dtype, dtype, formulation)
 
         return advance
 
-    assert_same_on_both(scenario)
+    assert_same_on_both(scenario, target)
 
 
 @pytest.mark.parametrize(("dtype", "grad_dtype"), PAIRS)
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_special_values_have_the_cpus_bits(dtype, grad_dtype, nesterov):
+def test_special_values_have_the_cpus_bits(dtype, grad_dtype, nesterov, target):
     """Infinities, NaN, subnormal numbers, ties and overflow of the narrowing."""
     n = len(SPECIAL)
 
@@ -231,7 +243,7 @@ def test_special_values_have_the_cpus_bits(dtype, grad_dtype, nesterov):
 
         return advance
 
-    assert_same_on_both(scenario, steps=2)
+    assert_same_on_both(scenario, target, steps=2)
 
 
 # --- layouts -------------------------------------------------------------------------------------
@@ -242,7 +254,7 @@ OFFSETS += [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 2, 3, 5)
 
 @pytest.mark.parametrize("numel", [1, 5, 40, 8192, 8195, 3 * 8192 + 1])
 @pytest.mark.parametrize(("dtype", "grad_dtype"), PAIRS)
-def test_odd_offsets_have_the_cpus_bits_and_write_nothing_around(dtype, grad_dtype, numel):
+def test_odd_offsets_have_the_cpus_bits_and_write_nothing_around(dtype, grad_dtype, numel, target):
     """Streams that reach 16-byte alignment together, at once or later, and those that never do."""
     shadow_dtype = F64 if dtype == F64 else F32
     stream_dtypes = (dtype, grad_dtype, dtype, shadow_dtype)
@@ -265,7 +277,7 @@ def test_odd_offsets_have_the_cpus_bits_and_write_nothing_around(dtype, grad_dty
 
         return advance
 
-    assert_same_on_both(scenario)
+    assert_same_on_both(scenario, target)
 
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
@@ -281,17 +293,17 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_has_the_cpus_bits(layout, dtype):
+def test_every_layout_has_the_cpus_bits(layout, dtype, target):
     shape, view = LAYOUTS[layout]
 
     def make(device: torch.device) -> list[nn.Parameter]:
         return [nn.Parameter(view(tensor(shape, dtype, device, seed=0)))]
 
-    assert_same_on_both(training(make, momentum=0.9))
+    assert_same_on_both(training(make, momentum=0.9), target)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_of_other_strides_have_the_cpus_bits(dtype):
+def test_gradients_of_other_strides_have_the_cpus_bits(dtype, target):
     shapes = [(6, 9), (64, 129)]
 
     def scenario(device: torch.device) -> Advance:
@@ -307,7 +319,7 @@ def test_gradients_of_other_strides_have_the_cpus_bits(dtype):
 
         return advance
 
-    assert_same_on_both(scenario)
+    assert_same_on_both(scenario, target)
 
 
 # --- lists ---------------------------------------------------------------------------------------
@@ -315,14 +327,14 @@ def test_gradients_of_other_strides_have_the_cpus_bits(dtype):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("decay", [None, 0.9])
-def test_more_tensors_than_a_launch_carries_have_the_cpus_bits(dtype, decay):
+def test_more_tensors_than_a_launch_carries_have_the_cpus_bits(dtype, decay, target):
     shapes = [(1 + 37 * i % 301,) for i in range(2000)]
     make = of_shapes(shapes, dtype)
-    assert_same_on_both(training(make, decay=decay, momentum=0.9), steps=2)
+    assert_same_on_both(training(make, decay=decay, momentum=0.9), target, steps=2)
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 16, 17, 40, 300])
-def test_many_param_groups_have_the_cpus_bits(count):
+def test_many_param_groups_have_the_cpus_bits(count, target):
     """Each group has hyper-parameters of its own, and an empty group stands among them."""
 
     def scenario(device: torch.device) -> Advance:
@@ -350,20 +362,20 @@ def test_many_param_groups_have_the_cpus_bits(count):
 
         return advance
 
-    assert_same_on_both(scenario)
+    assert_same_on_both(scenario, target)
 
 
-def test_mixed_dtypes_have_the_cpus_bits():
+def test_mixed_dtypes_have_the_cpus_bits(target):
     def make(device: torch.device) -> list[nn.Parameter]:
         return [
             nn.Parameter(tensor((100 + i,), DTYPES[i % len(DTYPES)], device, seed=i))
             for i in range(50)
         ]
 
-    assert_same_on_both(training(make, momentum=0.9, nesterov=True))
+    assert_same_on_both(training(make, momentum=0.9, nesterov=True), target)
 
 
-def test_absent_and_late_gradients_have_the_cpus_bits():
+def test_absent_and_late_gradients_have_the_cpus_bits(target):
     """Some parameters are frozen, some get their first gradient late, some outside are tracked."""
 
     def scenario(device: torch.device) -> Advance:
@@ -381,9 +393,10 @@ def test_absent_and_late_gradients_have_the_cpus_bits():
 
         return advance
 
-    assert_same_on_both(scenario, steps=6)
+    assert_same_on_both(scenario, target, steps=6)
 
 
+@needs_gpu
 def test_parameters_on_cpu_and_cuda_share_a_step():
     """The CPU's parameters and the GPU's, in one optimizer with one average."""
     shapes = [(100 + i,) for i in range(6)]
@@ -395,9 +408,10 @@ def test_parameters_on_cpu_and_cuda_share_a_step():
             for i, (s, d) in enumerate(zip(shapes, mixed, strict=True))
         ]
 
-    assert_same_on_both(training(make, momentum=0.9))
+    assert_same_on_both(training(make, momentum=0.9), DEVICE)
 
 
+@needs_gpu
 def test_two_devices_share_a_step():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two devices")
@@ -410,10 +424,11 @@ def test_two_devices_share_a_step():
             for i, s in enumerate(shapes)
         ]
 
-    assert_same_on_both(training(make, momentum=0.9))
+    assert_same_on_both(training(make, momentum=0.9), DEVICE)
     assert torch.cuda.current_device() == 0
 
 
+@needs_gpu
 def test_a_device_that_is_not_the_current_one_takes_a_step():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two devices")
@@ -423,7 +438,7 @@ def test_a_device_that_is_not_the_current_one_takes_a_step():
             [(1000,)], F32, device if device.type == "cpu" else torch.device("cuda:1")
         )
 
-    assert_same_on_both(training(make, momentum=0.9))
+    assert_same_on_both(training(make, momentum=0.9), DEVICE)
     assert torch.cuda.current_device() == 0
 
 
@@ -431,7 +446,7 @@ def test_a_device_that_is_not_the_current_one_takes_a_step():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_average_alone_has_the_cpus_bits(dtype):
+def test_the_average_alone_has_the_cpus_bits(dtype, target):
     def scenario(device: torch.device) -> Advance:
         params = make_params([(3, 5), (8193,), ()], dtype, device)
         ema = EMA(params, decay=0.9)
@@ -447,9 +462,10 @@ def test_the_average_alone_has_the_cpus_bits(dtype):
 
         return advance
 
-    assert_same_on_both(scenario)
+    assert_same_on_both(scenario, target)
 
 
+@needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_average_in_the_step_equals_one_beside_it(dtype):
     one, two = (make_params(SHAPES, dtype, torch.device(DEVICE)) for _ in range(2))
@@ -466,6 +482,7 @@ def test_an_average_in_the_step_equals_one_beside_it(dtype):
         assert_same_bits(a, b)
 
 
+@needs_gpu
 def test_a_checkpoint_of_the_cpu_goes_on_on_cuda():
     def start(device: str) -> tuple[list[nn.Parameter], EMA, SGD]:
         params = make_params([(3, 5), (1000,)], F32, torch.device(device))
@@ -496,6 +513,7 @@ def test_a_checkpoint_of_the_cpu_goes_on_on_cuda():
 # --- streams, graphs, synchronisation ------------------------------------------------------------
 
 
+@needs_gpu
 def test_a_step_runs_on_the_current_stream():
     """The gradient arrives late on a side stream: a step on another stream would miss it."""
     params = make_params([(1000,), (8193,)], F32, torch.device(DEVICE))
@@ -531,6 +549,7 @@ def side_stream() -> Iterator[None]:
     torch.cuda.current_stream().wait_stream(stream)
 
 
+@needs_gpu
 @pytest.mark.parametrize("decay", [None, 0.9])
 @pytest.mark.parametrize("count", [5, 2000])
 @pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"formulation": "sutskever"}], ids=str)
@@ -562,6 +581,7 @@ def test_a_captured_step_replays(options, count, decay):
         assert_same_bits(a, b)
 
 
+@needs_gpu
 def test_a_step_may_be_captured_without_a_warm_up():
     """Nothing is loaded or set up at the first launch that a capture forbids."""
     params = make_params([(100,), (8193,)], F32, torch.device(DEVICE))
@@ -581,6 +601,7 @@ def test_a_step_may_be_captured_without_a_warm_up():
         assert_same_bits(a, b)
 
 
+@needs_gpu
 def test_a_captured_update_replays():
     params = make_params([(100,), (8193,)], BF16, torch.device(DEVICE))
     twins = [nn.Parameter(p.detach().cpu().clone()) for p in params]
@@ -601,6 +622,7 @@ def test_a_captured_update_replays():
         assert_same_bits(a, b)
 
 
+@needs_gpu
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 @pytest.mark.parametrize("formulation", ["torch", "sutskever"])
 def test_a_captured_step_reads_the_learning_rate_at_each_replay(formulation, shape):
@@ -628,6 +650,7 @@ def test_a_captured_step_reads_the_learning_rate_at_each_replay(formulation, sha
         assert_same_bits(a, b)
 
 
+@needs_gpu
 @pytest.mark.parametrize("decay", [None, 0.9])
 @pytest.mark.parametrize(
     "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "reset_grads": True}], ids=str
@@ -642,6 +665,7 @@ def test_a_step_never_waits_for_the_device(options, decay):
         optimizer.step()
 
 
+@needs_gpu
 def test_the_functional_forms_never_wait_for_the_device():
     device = torch.device(DEVICE)
     params, grads, shadows = ([tensor((1000,), F32, device, seed=i)] for i in range(3))
@@ -651,6 +675,7 @@ def test_the_functional_forms_never_wait_for_the_device():
         ema_update_(shadows, params, decay=0.9)
 
 
+@needs_gpu
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
 @pytest.mark.parametrize("lr_dtype", [F32, F64])
 @pytest.mark.parametrize("formulation", ["torch", "sutskever"])
@@ -675,7 +700,7 @@ def test_a_learning_rate_on_the_device_is_read_there(formulation, lr_dtype, dtyp
         assert_same_bits(a, b)
 
 
-def test_a_learning_rate_on_the_cpu_serves_parameters_on_the_device():
+def test_a_learning_rate_on_the_cpu_serves_parameters_on_the_device(target):
     def scenario(device: torch.device) -> Advance:
         params = make_params([(100,), (8193,)], F32, device)
         optimizer = SGD(params, lr=torch.tensor(0.1), momentum=0.9)
@@ -687,10 +712,10 @@ def test_a_learning_rate_on_the_cpu_serves_parameters_on_the_device():
 
         return advance
 
-    assert_same_on_both(scenario)
+    assert_same_on_both(scenario, target)
 
 
-def test_groups_with_learning_rates_on_device_cpu_and_host_share_a_step():
+def test_groups_with_learning_rates_on_device_cpu_and_host_share_a_step(target):
     def scenario(device: torch.device) -> Advance:
         params = make_params([(100 + i,) for i in range(6)], F32, device)
         rates = [torch.tensor(0.1, device=device), torch.tensor(0.2), 0.3]
@@ -704,9 +729,10 @@ def test_groups_with_learning_rates_on_device_cpu_and_host_share_a_step():
 
         return advance
 
-    assert_same_on_both(scenario)
+    assert_same_on_both(scenario, target)
 
 
+@needs_gpu
 def test_a_warm_step_allocates_nothing():
     params = make_params([(1 + i,) for i in range(900)], F32, torch.device(DEVICE))
     ema = EMA(params, decay=0.9)
@@ -718,6 +744,7 @@ def test_a_warm_step_allocates_nothing():
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
+@needs_gpu
 @pytest.mark.parametrize(("count", "launches"), [(1, 1), (500, 1), (2000, 4)])
 def test_a_list_of_one_dtype_is_one_launch_per_table(count, launches):
     """A table holds some 570 tensors; nothing else runs on the device."""
@@ -755,6 +782,7 @@ def arguments_on(device: str) -> dict[str, Any]:
     }
 
 
+@needs_gpu
 @pytest.mark.parametrize("name", ["params", "grads", "momentum_buffers", "shadows"])
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize(("home", "away"), [(DEVICE, "cpu"), ("cpu", DEVICE)])
@@ -772,6 +800,7 @@ def test_a_tensor_on_the_wrong_device_is_refused_and_nothing_changes(home, away,
     assert [t._version for t in tensors] == versions
 
 
+@needs_gpu
 def test_momentum_left_on_the_cpu_is_refused_and_nothing_changes():
     params = make_params([(3,), (4,)], F32, torch.device(DEVICE))
     ema = EMA(params, decay=0.9)
@@ -788,6 +817,7 @@ def test_momentum_left_on_the_cpu_is_refused_and_nothing_changes():
     assert ema.num_updates == 1
 
 
+@needs_gpu
 def test_a_gradient_scaler_scales_and_skips():
     params = make_params([(100,), (8193,)], F32, torch.device(DEVICE))
     twins = make_params([(100,), (8193,)], F32, torch.device(DEVICE))
@@ -816,6 +846,7 @@ def test_a_gradient_scaler_scales_and_skips():
 # --- size ----------------------------------------------------------------------------------------
 
 
+@needs_gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_more_elements_than_32_bits_count(dtype):

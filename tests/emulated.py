@@ -1,0 +1,108 @@
+"""The package on the emulator of CUDA: the kernels of csrc/cuda, run on the CPU for CPU tensors.
+
+tests/emulator/ is the emulator; a variant of the compiled module (native_variants.py) has it in
+place of the CPU loops. ``emulated`` is the device of that name in tests/test_cuda.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import native_variants
+import pytest
+
+import fused_opt
+import fused_opt._differentiable as differentiable
+import fused_opt._plan as plan
+
+#: Names the module to take in place of the variant `emulated`: one with sanitizers or a mutation.
+EMULATED = "FUSED_OPT_TEST_EMULATED"
+
+
+class Counts(NamedTuple):
+    """What ran since they were asked for last."""
+
+    launches: int
+    blocks: int
+    largest_parameters: int  # of a launch, in bytes
+
+
+class Emulator:
+    """The emulated module and what its emulator is told; a method for each ``emulator_...``."""
+
+    def __init__(self, path: Path) -> None:
+        self.module: ModuleType = native_variants.load(path)
+        self._library = ctypes.CDLL(str(path))
+        self._library.emulator_seed.argtypes = [ctypes.c_uint64]
+        self._library.emulator_choose_blocks.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        self._library.emulator_new_stream.restype = ctypes.c_void_p
+        self._library.emulator_run_stream.argtypes = [ctypes.c_void_p]
+        self._library.emulator_delete_stream.argtypes = [ctypes.c_void_p]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Takes the place of the package's module for what is made and done meanwhile."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused_opt, "_C", self.module, raising=False)
+            patch.setitem(sys.modules, "fused_opt._C", self.module)
+            self._forget_module()
+            try:
+                yield
+            finally:
+                self._forget_module()
+
+    @staticmethod
+    def _forget_module() -> None:
+        plan._local.plan = None
+        differentiable._module.cache_clear()
+
+    def seed(self, seed: int) -> None:
+        """Chooses the order of blocks and threads."""
+        self._library.emulator_seed(seed)
+
+    @contextmanager
+    def only_blocks(self, blocks: Iterable[int]) -> Iterator[None]:
+        """Runs these blocks of each launch and no others."""
+        chosen = sorted(set(blocks))
+        self._library.emulator_choose_blocks((ctypes.c_uint32 * len(chosen))(*chosen), len(chosen))
+        try:
+            yield
+        finally:
+            self._library.emulator_choose_blocks(None, 0)
+
+    def fail(self, function: str, error: int) -> None:
+        """Makes the next call of a function of CUDA return an error."""
+        self._library.emulator_fail(function.encode(), error)
+
+    def counts(self) -> Counts:
+        """Counts from 0 again."""
+        counts = (ctypes.c_int64 * 3)()
+        self._library.emulator_counts(counts)
+        return Counts(*counts)
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """A stream, as the address that the module takes."""
+        stream = self._library.emulator_new_stream()
+        try:
+            yield stream
+        finally:
+            self._library.emulator_delete_stream(stream)
+
+    def run_stream(self, stream: int) -> None:
+        self._library.emulator_run_stream(stream)
+
+
+@cache
+def emulator() -> Emulator:
+    """The emulator of this process, built where it has to be."""
+    path = os.environ.get(EMULATED)
+    return Emulator(Path(path) if path else native_variants.build("emulated"))
