@@ -20,15 +20,17 @@ from reference import (
     DTYPES,
     HALF_DTYPES,
     assert_same_bits,
+    everything,
     flag_id,
     legal_flags,
     momentum_of,
     random_tensor,
 )
+from test_averages import Several, flat
 from torch import Tensor, nn
 
-from fused_opt import EMA, SGD
-from fused_opt.functional import ema_update_, sgd_step_
+from fused_opt import EMA, SGD, clip_grad_norm_, schedules
+from fused_opt.functional import ema_update, ema_update_, sgd_step, sgd_step_
 
 DEVICE = "cuda"
 needs_gpu = pytest.mark.cuda
@@ -440,6 +442,267 @@ def test_a_device_that_is_not_the_current_one_takes_a_step():
 
     assert_same_on_both(training(make, momentum=0.9), DEVICE)
     assert torch.cuda.current_device() == 0
+
+
+# --- all that a step can do ----------------------------------------------------------------------
+
+MASTERS = [(BF16, "fp32"), (BF16, "split"), (BF16, "kahan"), (F16, "fp32"), (F16, "kahan")]
+#: Fewer than SHAPES, with a chunk that ends inside a vector, and more than one.
+SOME_SHAPES = [(), (0,), (3,), (17,), (8193,), (3 * 8192 + 5,)]
+
+
+@pytest.mark.parametrize("reset_grads", [False, True])
+@pytest.mark.parametrize(("dtype", "master"), MASTERS)
+def test_masters_have_the_cpus_bits(dtype, master, reset_grads, target):
+    def scenario(device: torch.device) -> Advance:
+        params = make_params(SHAPES, dtype, device)
+        # One lies where only single elements can be moved.
+        params.append(nn.Parameter(tensor((9000,), dtype, device, seed=1)[1:]))
+        ema = EMA(params, decay=0.9)
+        options = {"momentum": 0.9, "reset_grads": reset_grads, "master_weights": master}
+        optimizer = SGD(params, lr=1e-3, ema=ema, **options)
+
+        def advance(step: int) -> list[Tensor]:
+            set_gradients(params, step)
+            optimizer.step()
+            return [*everything(optimizer), *(p.grad for p in params)]
+
+        return advance
+
+    assert_same_on_both(scenario, target)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_stochastic_rounding_has_the_cpus_bits(dtype, nesterov, target):
+    """Some groups round so and some do not, on more rows and groups than a launch carries."""
+    shapes = SHAPES + [(1 + i % 19,) for i in range(800)]
+
+    def scenario(device: torch.device) -> Advance:
+        params = make_params(shapes, dtype, device)
+        groups = [
+            {"params": params[g::25], "rounding_seed": g, "stochastic_rounding": g % 3 != 0}
+            for g in range(25)
+        ]
+        ema = EMA(params, decay=0.9)
+        optimizer = SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov, ema=ema)
+
+        def advance(step: int) -> list[Tensor]:
+            set_gradients(params, step)
+            optimizer.step()
+            return written(optimizer)
+
+        return advance
+
+    assert_same_on_both(scenario, target, steps=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 8, 9, 11, 12, 30])
+def test_many_averages_have_the_cpus_bits(count, dtype, target):
+    """As many as the entries of a table hold, or as a table, and one more or less."""
+
+    def scenario(device: torch.device) -> Advance:
+        params = make_params(SOME_SHAPES, dtype, device)
+        params.append(nn.Parameter(tensor((9001,), dtype, device, seed=1)[1:]))
+        params[3].requires_grad_(False)
+        decays = tuple(k / (count + 1) for k in range(count))
+        ema = Several(params, decays, F64 if dtype == F64 else F32, every=2)
+        optimizer = SGD(params, lr=0.1, momentum=0.9, ema=ema, stochastic_rounding=count == 7)
+
+        def advance(step: int) -> list[Tensor]:
+            set_gradients([p for p in params if p.requires_grad], step)
+            optimizer.step()
+            return [*params, *flat(ema.rows)]
+
+        return advance
+
+    assert_same_on_both(scenario, target)
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_many_tensors_with_many_averages_have_the_cpus_bits(count, target):
+    def scenario(device: torch.device) -> Advance:
+        params = make_params([(1 + i % 7,) for i in range(700)], F32, device)
+        ema = Several(params, tuple(k / (count + 1) for k in range(count)))
+        optimizer = SGD(params, lr=0.1, ema=ema)
+
+        def advance(step: int) -> list[Tensor]:
+            set_gradients(params, step)
+            optimizer.step()
+            return [*params, *flat(ema.rows)]
+
+        return advance
+
+    assert_same_on_both(scenario, target, steps=1)
+
+
+#: What makes a step be skipped, and what does not.
+FOUND = [0.0, 1.0, 0.0, 1e-30, float("nan"), -2.0, -0.0, float("inf"), 0.0]
+
+
+@pytest.mark.parametrize("reset_grads", [False, True])
+@pytest.mark.parametrize(("dtype", "master"), [(F32, None), (F64, None), (BF16, None), *MASTERS])
+def test_steps_that_the_device_skips_and_counts_have_the_cpus_bits(
+    dtype, master, reset_grads, target
+):
+    """Schedules and random numbers go by the count of steps that were taken."""
+
+    def scenario(device: torch.device) -> Advance:
+        params = make_params(SOME_SHAPES, dtype, device)
+        ema = EMA(params, decay=schedules.tf_warmup(0.999), update_every=2)
+        options = {"reset_grads": reset_grads, "master_weights": master}
+        options["stochastic_rounding"] = dtype == BF16
+        optimizer = SGD(params, lr=0.1, momentum=0.9, ema=ema, capturable=True, **options)
+
+        def advance(step: int) -> list[Tensor]:
+            set_gradients(params, step)
+            optimizer.found_inf = torch.tensor(FOUND[step], device=device)
+            optimizer.step()
+            return [*everything(optimizer), *(p.grad for p in params)]
+
+        return advance
+
+    assert_same_on_both(scenario, target, steps=len(FOUND))
+
+
+@pytest.mark.parametrize("averages", [1, 8, 9, 20])
+@pytest.mark.parametrize("groups", [1, 14, 15, 30])
+def test_numbers_on_the_device_have_the_cpus_bits(groups, averages, target):
+    """More groups and averages than one launch reads, all by one count that comes last."""
+
+    def scenario(device: torch.device) -> Advance:
+        params = make_params([(3 + i,) for i in range(groups)], F32, device)
+        params += make_params([(5,)], F64, device)
+        hypers: list[dict[str, Any]] = [
+            {
+                "params": params[g : g + 1],
+                "lr": torch.tensor(0.1 + g, device=device),
+                "momentum": torch.tensor(0.01 * g, device=device, dtype=F64),
+                "weight_decay": torch.tensor(0.1, device=device),
+                "stochastic_rounding": True,
+            }
+            for g in range(groups + 1)
+        ]
+        numbers = [torch.tensor(k / (averages + 1), device=device) for k in range(averages)]
+        decays = [schedules.tf_warmup(0.999) if k % 3 == 0 else d for k, d in enumerate(numbers)]
+        ema = Several(params, tuple(decays), after=1)
+        optimizer = SGD(hypers, lr=0.1, ema=ema, capturable=True)
+
+        def advance(step: int) -> list[Tensor]:
+            set_gradients(params, step)
+            optimizer.step()
+            return [*params, *flat(ema.rows)]
+
+        return advance
+
+    assert_same_on_both(scenario, target, steps=3)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_clipping_has_the_cpus_bits(max_norm, dtype, norm_type, target):
+    sums = tuple(16384 * k + d for k in (1, 2, 20) for d in (-1, 0, 1, 5))
+    shapes = [*SHAPES, *((n,) for n in (*sums, 511, 512, 513, 1023, 1025, 4097))]
+
+    def scenario(device: torch.device) -> Advance:
+        params = make_params(shapes, dtype, device)
+        params.append(nn.Parameter(tensor((20_001,), dtype, device, seed=1)[1:]))
+
+        def advance(step: int) -> list[Tensor]:
+            set_gradients(params, step)
+            norm = clip_grad_norm_(params, max_norm, norm_type)
+            return [norm, *(p.grad for p in params)]
+
+        return advance
+
+    assert_same_on_both(scenario, target, steps=1)
+
+
+@pytest.mark.parametrize("count", [100, 2000])
+def test_a_clipped_step_of_many_tensors_has_the_cpus_bits(count, target):
+    def make(device: torch.device) -> list[nn.Parameter]:
+        return [
+            nn.Parameter(tensor((1 + i % 50,), DTYPES[i % 4], device, seed=i)) for i in range(count)
+        ]
+
+    assert_same_on_both(training(make, momentum=0.9, max_grad_norm=0.5), target, steps=2)
+
+
+#: -0.0 shows what stands for an absent momentum: 0.0 in its place would make 0.0 of it.
+SIGNED = [-0.0, 0.0, 1.0, -1.0]
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_differentiable_step_has_the_cpus_bits(late, dtype, offset, target):
+    """Its outputs and all derivatives, those by its numbers too."""
+    sizes = [1, 4, 5, 1023, 1024, 1025, 8193, 16384, 16385, 40_000]
+
+    def scenario(device: torch.device) -> Advance:
+        def leaves(first: int) -> list[Tensor]:
+            values = [
+                tensor((n + offset,), dtype, device, seed=first + i) for i, n in enumerate(sizes)
+            ]
+            for value in values:
+                value[: len(SIGNED) + offset] = torch.tensor(
+                    (SIGNED * 2)[: len(value[: len(SIGNED) + offset])], dtype=dtype
+                )
+            return [value[offset:].requires_grad_() for value in values]
+
+        def advance(step: int) -> list[Tensor]:
+            params, grads, momentum, shadows = (leaves(100 * (4 * step + k)) for k in range(4))
+            numbers = [
+                torch.tensor(v, dtype=dtype, device=device, requires_grad=True)
+                for v in (0.1, 0.9, 0.01, 0.75)
+            ]
+            lr, mu, weight_decay, decay = numbers
+            new, velocity = sgd_step(
+                params,
+                grads,
+                momentum if late else None,
+                lr=lr,
+                momentum=mu,
+                weight_decay=weight_decay,
+                nesterov=step % 2 == 1,
+            )
+            averages = ema_update(shadows, new, decay=decay)
+            outputs = [*new, *(v for v in velocity if v is not None), *averages]
+            leaf = [*params, *grads, *shadows, *numbers, *(momentum if late else [])]
+            cotangents = [
+                tensor(tuple(o.shape), dtype, device, seed=7 + i) for i, o in enumerate(outputs)
+            ]
+            derivatives = torch.autograd.grad(outputs, leaf, cotangents, allow_unused=True)
+            return [*outputs, *(d for d in derivatives if d is not None)]
+
+        return advance
+
+    assert_same_on_both(scenario, target, steps=2)
+
+
+@pytest.mark.parametrize("count", [60, 800])
+def test_differentiable_steps_of_many_tensors_have_the_cpus_bits(count, target):
+    """More rows and more numbers than a launch carries."""
+
+    def scenario(device: torch.device) -> Advance:
+        def advance(step: int) -> list[Tensor]:
+            params, grads = (
+                [
+                    tensor((1 + i % 9,), F32, device, seed=s + i).requires_grad_()
+                    for i in range(count)
+                ]
+                for s in (0, 10_000)
+            )
+            rates = [torch.tensor(0.1 + i, device=device, requires_grad=True) for i in range(count)]
+            new, _ = sgd_step(params, grads, lr=rates, momentum=0.9)
+            cotangents = [tensor(tuple(p.shape), F32, device, seed=i) for i, p in enumerate(new)]
+            return [*new, *torch.autograd.grad(new, [*params, *grads, *rates], cotangents)]
+
+        return advance
+
+    assert_same_on_both(scenario, target, steps=1)
 
 
 # --- the average ---------------------------------------------------------------------------------
