@@ -7,7 +7,9 @@ place of the CPU loops. ``emulated`` is the device of that name in tests/test_cu
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +29,9 @@ import fused_opt._plan as plan
 EMULATED = "FUSED_OPT_TEST_EMULATED"
 
 
+_count = itertools.count()
+
+
 class Counts(NamedTuple):
     """What ran since they were asked for last."""
 
@@ -39,7 +44,9 @@ class Emulator:
     """The emulated module and what its emulator is told; a method for each ``emulator_...``."""
 
     def __init__(self, path: Path) -> None:
-        self.module: ModuleType = native_variants.load(path)
+        self.path = path
+        # pybind11 makes one module of each name in a process.
+        self.module: ModuleType = native_variants.load(path, f"emulated{next(_count)}._C")
         self._library = ctypes.CDLL(str(path))
         self._library.emulator_seed.argtypes = [ctypes.c_uint64]
         self._library.emulator_choose_blocks.argtypes = [ctypes.c_void_p, ctypes.c_int64]
@@ -106,3 +113,14 @@ def emulator() -> Emulator:
     """The emulator of this process, built where it has to be."""
     path = os.environ.get(EMULATED)
     return Emulator(Path(path) if path else native_variants.build("emulated"))
+
+
+def copy_of_module(folder: Path) -> Path:
+    """A copy of its module, which has launched nothing yet when it is loaded."""
+    path = emulator().path
+    return Path(shutil.copy(path, folder / path.name))
+
+
+def environment(name: str) -> dict[str, str]:
+    """The variables of a process whose emulator is that of a variant, built where it has to be."""
+    return native_variants.environment(name, native_variants.build(name), EMULATED)

@@ -83,8 +83,8 @@ def program(name: str) -> str:
     return path
 
 
-def environment(name: str, module: Path) -> dict[str, str]:
-    """The variables with which a process tests that module."""
+def environment(name: str, module: Path, variable: str = NATIVE) -> dict[str, str]:
+    """The variables with which a process tests that module, which `variable` names."""
     variant = VARIANTS[name]
     compiler = os.environ.get("CXX", "c++")
     libraries = [
@@ -94,7 +94,7 @@ def environment(name: str, module: Path) -> dict[str, str]:
         for library in variant.preload
     ]
     preload = {"LD_PRELOAD": " ".join(libraries)} if libraries else {}
-    return os.environ | variant.environ | preload | {NATIVE: str(module)}
+    return os.environ | variant.environ | preload | {variable: str(module)}
 
 
 def load(path: str | Path, name: str = "fused_opt._C") -> ModuleType:

@@ -106,8 +106,11 @@ inline cudaError_t cudaGetDevice(int* device) {
 
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-  *mode = cudaStreamCaptureMode(emulator::exchange_capture_mode(*mode));
-  return cudaError_t(emulator::error_of("cudaThreadExchangeStreamCaptureMode"));
+  const auto error = cudaError_t(emulator::error_of("cudaThreadExchangeStreamCaptureMode"));
+  if (error == cudaSuccess) {
+    *mode = cudaStreamCaptureMode(emulator::exchange_capture_mode(*mode));
+  }
+  return error;
 }
 
 struct cudaFuncAttributes {};
