@@ -472,9 +472,8 @@ def test_masters_have_the_cpus_bits(dtype, master, reset_grads, target):
     assert_same_on_both(scenario, target)
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_stochastic_rounding_has_the_cpus_bits(dtype, nesterov, target):
+def test_stochastic_rounding_has_the_cpus_bits(dtype, target):
     """Some groups round so and some do not, on more rows and groups than a launch carries."""
     shapes = SHAPES + [(1 + i % 19,) for i in range(800)]
 
@@ -485,7 +484,7 @@ def test_stochastic_rounding_has_the_cpus_bits(dtype, nesterov, target):
             for g in range(25)
         ]
         ema = EMA(params, decay=0.9)
-        optimizer = SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov, ema=ema)
+        optimizer = SGD(groups, lr=0.1, momentum=0.9, nesterov=True, ema=ema)
 
         def advance(step: int) -> list[Tensor]:
             set_gradients(params, step)
@@ -603,8 +602,8 @@ def test_numbers_on_the_device_have_the_cpus_bits(groups, averages, target):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
 def test_clipping_has_the_cpus_bits(max_norm, dtype, norm_type, target):
-    sums = tuple(16384 * k + d for k in (1, 2, 20) for d in (-1, 0, 1, 5))
-    shapes = [*SHAPES, *((n,) for n in (*sums, 511, 512, 513, 1023, 1025, 4097))]
+    sizes = (0, 1, 5, 8, 511, 512, 513, 1025, 4097, 8193, 16383, 16384, 16385, 50_003)
+    shapes = [(), *((n,) for n in sizes)]
 
     def scenario(device: torch.device) -> Advance:
         params = make_params(shapes, dtype, device)
@@ -620,7 +619,7 @@ def test_clipping_has_the_cpus_bits(max_norm, dtype, norm_type, target):
     assert_same_on_both(scenario, target, steps=1)
 
 
-@pytest.mark.parametrize("count", [100, 2000])
+@pytest.mark.parametrize("count", [100, 1500])
 def test_a_clipped_step_of_many_tensors_has_the_cpus_bits(count, target):
     def make(device: torch.device) -> list[nn.Parameter]:
         return [
