@@ -10,6 +10,7 @@ The module's path goes into the variable FUSED_OPT_TEST_NATIVE, which conftest.p
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -65,12 +66,15 @@ def build(name: str) -> Path:
         f"-DCMAKE_CXX_FLAGS={variant.cxx_flags}",
         *variant.cmake_options,
     ]
-    for command in (configure, [cmake, "--build", str(folder), "--target", "_C"]):
-        result = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | {"FUSED_OPT_CUDA": "0"}
-        )
-        if result.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{result.stdout}\n{result.stderr}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes of pytest may need it too
+        for command in (configure, [cmake, "--build", str(folder), "--target", "_C"]):
+            result = subprocess.run(
+                command, capture_output=True, text=True, env=os.environ | {"FUSED_OPT_CUDA": "0"}
+            )
+            if result.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}\n{result.stdout}\n{result.stderr}")
     (module,) = folder.glob("_C*.so")
     return module
 
