@@ -1,11 +1,12 @@
 # The commands of the project. Each one makes what it needs: .venv, the pinned requirements and the
-# compiled module are brought up to date first, through two stamp files in .venv. Only `make gpu`
-# differs: it runs on a machine that already has its Python packages, and installs nothing.
+# compiled module are brought up to date first, through two stamp files in .venv.
 #
 #   make demo DEMO_ARGS="--epochs 5"     make test PYTEST_ARGS="-k ema"     make bench BENCH_ARGS="--help"
 #   make test-wheel TORCH=2.11.0
 
 PYTHON ?= python3
+# What the caller names, and nothing where the line above decides.
+OWN_PYTHON := $(if $(filter file,$(origin PYTHON)),,$(PYTHON))
 VENV := .venv
 BIN := $(VENV)/bin
 REQUIREMENTS_STAMP := $(VENV)/.requirements-installed
@@ -26,7 +27,7 @@ TORCH ?= 2.10.0 2.13.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cuda test-toolchains test-wheel bench lint format gpu clean
+.PHONY: help demo test test-cuda test-toolchains test-wheel bench lint format gpu-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,16 +62,10 @@ format: $(REQUIREMENTS_STAMP) ## Rewrite the sources in the form that lint asks 
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/clang-format -i $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
-# FUSED_OPT_CUDA_ARCHS: what this GPU is (90: H100 and H200). One architecture keeps the build short.
-gpu: FUSED_OPT_CUDA_ARCHS ?= 90
-gpu: ## On a GPU machine with torch: build in place, run the CUDA tests, record the benchmarks
-	FUSED_OPT_CUDA=1 FUSED_OPT_CUDA_ARCHS="$(FUSED_OPT_CUDA_ARCHS)" \
-		$(PYTHON) setup.py --quiet build_ext --inplace
-	FUSED_OPT_REQUIRE_GPU=1 $(PYTHON) -m pytest -m cuda $(PYTEST_ARGS)
-	for dtype in fp32 bf16; do \
-		$(PYTHON) -m benchmarks --device cuda --dtype $$dtype \
-			--shapes resnet50,gpt2,small,llama7b --record $(BENCH_ARGS) || exit 1; \
-	done
+# With PYTHON=python3 that interpreter is used as it is: no .venv, no download. The status is 3 where
+# there is no GPU. OUT names the folder of the results.
+gpu-check: $(if $(OWN_PYTHON),,$(REQUIREMENTS_STAMP)) ## Build for this GPU, test, sanitize and measure on it; a table
+	@$(or $(OWN_PYTHON),$(BIN)/python) .ci/gpu-check $(if $(OUT),--out "$(OUT)")
 
 clean: ## Remove what was built, and caches; .venv keeps the downloaded packages
 	rm -rf build dist *.egg-info fused_opt/_C*.so $(PACKAGE_STAMP)

@@ -8,12 +8,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import higher as original
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fused_opt.higher as ours
+
+original = pytest.importorskip("higher")
 
 #: To the rounding of fp64 over a few steps: higher adds up in the same order, but not everywhere.
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
