@@ -22,12 +22,14 @@ BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt fused_opt/__init__.py fus
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SANITIZE_ARGS ?=
+COVERAGE_ARGS ?=
 # The torch releases that one wheel is tested with: the oldest that it accepts, and the pinned one.
 TORCH ?= 2.10.0 2.13.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cuda test-toolchains test-wheel bench lint format gpu-check clean
+.PHONY: help demo test test-cuda test-toolchains test-wheel sanitize coverage bench lint format gpu-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +53,12 @@ test-wheel: $(REQUIREMENTS_STAMP) ## Build a wheel and test it beside each relea
 		PYTHON=$(BIN)/python .ci/test-wheel build/wheel/*.whl $$torch $(PYTEST_ARGS) || exit 1; \
 	done
 
+sanitize: $(REQUIREMENTS_STAMP) ## Run the CPU path under ASan, UBSan and TSan on every ISA level; a table
+	@$(BIN)/python .ci/sanitize $(SANITIZE_ARGS)
+
+coverage: $(PACKAGE_STAMP) ## Count the lines that the tests run; fail below 95 %; HTML in build/coverage
+	@$(BIN)/python .ci/coverage $(COVERAGE_ARGS)
+
 bench: $(PACKAGE_STAMP) ## Measure against torch's own optimizers on this machine
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
@@ -60,7 +68,7 @@ lint: $(REQUIREMENTS_STAMP) ## Check formatting, style and types of every file t
 format: $(REQUIREMENTS_STAMP) ## Rewrite the sources in the form that lint asks for
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format --quiet .
-	@$(BIN)/clang-format -i $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
+	@$(BIN)/clang-format -i $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
 # With PYTHON=python3 that interpreter is used as it is: no .venv, no download. The status is 3 where
 # there is no GPU. OUT names the folder of the results.

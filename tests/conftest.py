@@ -18,6 +18,11 @@ if native_variants.NATIVE in os.environ:
     sys.modules["fused_opt._C"] = variant
     importlib.import_module("fused_opt").__dict__["_C"] = variant
 
+#: Names the ISA level that all tests run on, unless they choose one themselves.
+ISA = "FUSED_OPT_TEST_ISA"
+if ISA in os.environ:
+    importlib.import_module("fused_opt._C").set_cpu_isa(os.environ[ISA])
+
 #: With this variable set to 1, a `cuda` test fails where there is no GPU instead of being skipped.
 REQUIRE_GPU = "FUSED_OPT_REQUIRE_GPU"
 

@@ -47,6 +47,8 @@ VARIANTS = {
     ),
     # The kernels of CUDA, run on the CPU: tests/emulator.
     "emulated": Variant("-O1", ("-DFUSED_OPT_EMULATE_CUDA=ON",)),
+    # For tests/races.cpp, which links its objects: torch's OpenMP library is not instrumented.
+    "tsan": Variant("-O1 -g -fno-omit-frame-pointer -fsanitize=thread"),
     # Lines keep their counts at -O0 alone; threads that count the same line lose none.
     "coverage": Variant("-O0 -g --coverage -fprofile-update=atomic"),
 }
