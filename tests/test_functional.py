@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -300,3 +301,74 @@ def test_update_of_lists_of_unequal_lengths_raises(device):
         ema_update_(shadows, params[1:], decay=0.5)
     for s, old in zip(shadows, before, strict=True):
         assert_same_bits(s, old)
+
+
+# ---- what a graph of torch.compile holds ---------------------------------------------------------
+
+
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next function called believes that it is traced, and runs what it puts in the graph."""
+    answers = iter([True])
+
+    def is_compiling() -> bool:
+        caller = sys._getframe(1).f_globals["__name__"]
+        return caller == "fused_opt.functional" and next(answers, False)
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", is_compiling)
+
+
+@pytest.mark.parametrize("shadowed", [(), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("refined", [(), (1,), (0, 1, 2)])
+@pytest.mark.parametrize(
+    ("options", "has_momentum"),
+    [
+        ({"lr": 0.1}, False),
+        ({"lr": torch.tensor(0.1), "momentum": 0.9, "weight_decay": 0.1}, True),
+        ({"lr": 0.1, "momentum": torch.tensor(0.9), "reset_grads": True}, True),
+        ({"lr": 0.1, "momentum": 0.5, "rounding": (2**64 - 3, 2**63)}, True),
+    ],
+)
+def test_the_operator_of_a_graph_takes_the_same_step(
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    has_momentum: bool,
+    refined: tuple[int, ...],
+    shadowed: tuple[int, ...],
+) -> None:
+    def step(*, traced: bool) -> list[Tensor | None]:
+        params, grads, averages, masters = (
+            tensors(torch.bfloat16, seed=seed, shapes=SHAPES[:3]) for seed in range(4)
+        )
+        velocities: list[Tensor | None] | None = None
+        if has_momentum:
+            velocities = [None, *tensors(torch.bfloat16, seed=5, shapes=SHAPES[1:3])]
+        shadows = [tensor if i in shadowed else None for i, tensor in enumerate(averages)]
+        refinements = [tensor.float() if i in refined else None for i, tensor in enumerate(masters)]
+        own = dict(options)
+        if shadowed:
+            own.update(shadows=shadows, decay=0.75)
+        if refined:
+            own.update(refinements=refinements)
+        if traced:
+            traced_once(monkeypatch)
+        sgd_step_(params, grads, velocities, **own)
+        return [*params, *grads, *(velocities or ()), *shadows, *refinements]
+
+    for expected, found in zip(step(traced=False), step(traced=True), strict=True):
+        assert (expected is None) == (found is None)
+        if expected is not None and found is not None:
+            assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("decay", [0.75, torch.tensor(0.75)])
+def test_the_operator_of_a_graph_makes_the_same_average(
+    monkeypatch: pytest.MonkeyPatch, decay: float | Tensor
+) -> None:
+    params, shadows = tensors(torch.float32), tensors(torch.float32, seed=1)
+    expected = copies(shadows)
+    ema_update_([t for t in expected if t is not None], params, decay=decay)
+    traced_once(monkeypatch)
+    ema_update_(shadows, params, decay=decay)
+    for shadow, other in zip(shadows, expected, strict=True):
+        assert other is not None
+        assert_same_bits(shadow, other)
