@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .providers import DECAYS, LR, MAX_NORM, MOMENTUM, WEIGHT_DECAY, Step
+from .ops import DECAYS, LR, MAX_NORM, MOMENTUM, WEIGHT_DECAY
+from .providers import Step
 
 # Elements compared per tensor, spread over its length.
 SAMPLES = 4096
@@ -37,12 +38,26 @@ def samples(tensors: list[Tensor]) -> Tensor:
     return torch.cat([sample(tensor) for tensor in tensors])
 
 
-def check(what: str, actual: list[Tensor], terms: list[Tensor], roundings: int = ROUNDINGS) -> None:
-    """Raises unless the tensors equal the sum of the terms, to the rounding of their dtype."""
+def check(
+    what: str,
+    actual: list[Tensor],
+    terms: list[Tensor],
+    roundings: int = ROUNDINGS,
+    scaled: Tensor | float = 0.0,
+) -> None:
+    """Raises unless the tensors equal the sum of the terms, to the rounding of their dtype.
+
+    Args:
+        what: The tensors' name.
+        actual: The tensors.
+        terms: The terms of the formula in fp64.
+        roundings: How many roundings of the terms are allowed.
+        scaled: What is multiplied by a factor that may be one minus a number rounded to the dtype.
+    """
     limits = torch.finfo(actual[0].dtype)
     magnitude = sum(term.abs() for term in terms) + limits.smallest_normal
     error = (samples(actual) - sum(terms)).abs()
-    excess = error / (roundings * limits.eps / 2 * magnitude)
+    excess = error / (limits.eps / 2 * (roundings * magnitude + scaled))
     wrong = ~(excess <= 1)  # NaN counts as wrong
     if wrong.any():
         raise WrongResultError(
@@ -78,29 +93,32 @@ def check_step(step: Step, renew: Callable[[], None]) -> None:
     for shadows in step.averages:  # far from their parameters, so that a wrong weight is seen
         torch._foreach_mul_(shadows, 0.5)
     before = [samples(shadows) for shadows in step.averages]
-    if step.optimizer is None:
+    if step.momentum is None:
         step.run()
     else:
-        check_sgd(step)
+        check_sgd(step, step.momentum())
 
     # Shadows follow the parameters as stored, or their masters.
     weights = samples(step.masters() if step.masters else step.params)
     for k, (shadows, s) in enumerate(zip(step.averages, before, strict=True)):
-        check(f"shadow {k}", shadows, [s, (1 - DECAYS[k]) * (weights - s)])
+        difference = weights - s
+        check(f"shadow {k}", shadows, [s, (1 - DECAYS[k]) * difference], scaled=difference.abs())
     renew()
 
 
-def check_sgd(step: Step) -> None:
+def check_sgd(step: Step, momentum: list[Tensor]) -> None:
     """Runs a step and compares all but its averages with the formula."""
     weights = step.masters() if step.masters else step.params
-    p, g, v = samples(weights), samples(step.grads), samples(step.momentum_buffers)
-    exact = sum(float(grad.double().square().sum()) for grad in step.grads) ** 0.5
+    p, g, v = samples(weights), samples(step.grads), samples(momentum)
+    exact = 0.0
+    if step.grad_norm:
+        exact = sum(float(grad.double().square().sum()) for grad in step.grads) ** 0.5
     step.run()
 
     g = g * check_clip(step, exact)
     roundings = ROUNDINGS + (2 if step.grad_norm else 0)  # of the coefficient and its product
     direction = [MOMENTUM * v, g, WEIGHT_DECAY * p]
-    check("momentum", step.momentum_buffers, direction, roundings)
+    check("momentum", momentum, direction, roundings)
     check("parameter", weights, [p, *(-LR * term for term in direction)], roundings)
     if step.masters:
         check("rounding", step.params, [samples(weights)], 1)

@@ -1,31 +1,30 @@
-"""How a table of results is shown on the terminal and kept as CSV rows."""
+"""How rows are shown on the terminal, and as the Markdown table of the README."""
 
 from __future__ import annotations
 
-import csv
-from datetime import datetime, timezone
-from pathlib import Path
+from collections.abc import Iterable
 
-import torch
 from rich import box
 from rich.console import Group
-from rich.table import Table as RichTable
+from rich.table import Table
+from rich.text import Text
 
-from .shapes import count
-from .suite import Kind, Table
+from .ops import DTYPES, OPS
+from .providers import OURS
+from .roof import ROOF
+from .rows import Row
 
-DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STYLES: dict[Kind, str] = {"ours": "bold green", "torch": "", "roof": "dim"}
-COLUMNS = (
-    *("date", "commit", "dirty", "machine", "device", "torch", "fused_opt", "cuda", "cpu_isa"),
-    *("threads", "rounds", "shapes", "dtype", "op", "provider"),
-    *("ms", "spread", "gbps", "roof_gbps", "share", "ratio"),
-)
+STYLES = {OURS: "bold green", ROOF: "dim"}
+WIDTH = 100  # of the tables, where the terminal does not say
 
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns the short name of a dtype."""
-    return next(name for name, each in DTYPE_NAMES.items() if each == dtype)
+LEGEND = """\
+median, p20, p80  milliseconds over the rounds, the caches cold before each sample
+GB/s              bytes that one pass must move, the same for everyone, per time (GB = 10^9 bytes)
+roof              share of the best bandwidth that a plain loop reaches, measured in the same rounds
+ratio             time of the best peer over this one: above 1 is faster than every peer
+host              microseconds on the host, caches warm: until a step on a GPU returns; on the
+                  CPU, of a step on as many tensors of one element
+"""
 
 
 def cell(value: float | None, form: str) -> str:
@@ -33,77 +32,127 @@ def cell(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def grid(*columns: str) -> RichTable:
+def significant(value: float | None) -> str:
+    """Returns a number with four digits, and no exponent."""
+    if value is None:
+        return ""
+    whole = len(str(int(abs(value))))
+    return f"{value:.{max(0, 4 - whole)}f}"
+
+
+def grid(*columns: str) -> Table:
     """Returns an empty table: names to the left, numbers to the right."""
-    shown = RichTable(box=box.SIMPLE)  # fits into 80 columns
-    shown.add_column("provider", no_wrap=True)
+    shown = Table(box=box.SIMPLE)
+    shown.add_column("provider", overflow="fold")
     for name in columns:
         shown.add_column(name, justify="right", no_wrap=True)
     return shown
 
 
-def bandwidth_report(table: Table) -> Group:
-    """Shows times, bandwidth, share of the roof, ratio; says what is missing and why."""
-    case, shown = table.case, grid("ms", "spread", "GB/s", "roof", "vs torch")
-    for each in table.results:
-        share, ratio = cell(table.share(each), ".1%"), cell(table.ratio(each), ".2f")
-        time, spread = cell(each.seconds * 1e3, ".3f"), cell(each.timing.spread, ".1%")
-        numbers = time, spread, cell(each.gbps, ".1f"), share, ratio
-        shown.add_row(each.name, *numbers, style=STYLES[each.kind])
-    heading = (
-        f"\n[bold]{case.op.name} · {case.shapes_name} · {dtype_name(case.dtype)}[/]   "
-        f"{len(case.shapes)} tensors, {count(case.shapes):,} parameters x "
-        f"{case.op.moved_bytes(case.dtype)} B"
+def by_case(rows: Iterable[Row]) -> list[list[Row]]:
+    """Returns the rows of each table, in the order in which they were measured."""
+    tables: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        tables.setdefault(row.case, []).append(row)
+    return list(tables.values())
+
+
+def heading(row: Row) -> str:
+    """Says what a table is about."""
+    each = OPS[row.op].moved_bytes(DTYPES[row.dtype])
+    return (
+        f"{row.op} · {row.shapes} · {row.dtype} · {row.tensors:,} tensors, "
+        f"{row.params:,} parameters x {each} B"
     )
-    return Group(heading, *([shown] if table.results else []), *table.notes)
 
 
-def host_report(table: Table) -> Group:
-    """Shows host time per tensor."""
-    tensors, shown = len(table.case.shapes), grid("µs per tensor", "spread", "vs torch")
-    for each in table.results:
-        microseconds = cell(each.seconds * 1e6 / tensors, ".3f")
-        spread, ratio = cell(each.timing.spread, ".1%"), cell(table.ratio(each), ".2f")
-        shown.add_row(each.name, microseconds, spread, ratio, style=STYLES[each.kind])
-    heading = (
-        f"\n[bold]{table.case.op.name} · host time · {dtype_name(table.case.dtype)}[/]   "
-        f"{tensors} tensors of 1 element, gradients kept"
-    )
-    return Group(heading, shown)
+def case_report(rows: list[Row]) -> Group:
+    """Shows the rows of one case; says what is missing and why."""
+    measured = [row for row in rows if row.median_ms is not None]
+    shown = grid("median", "p20", "p80", "GB/s", "roof", "ratio", "launches", "host µs")
+    for row in measured:
+        shown.add_row(
+            row.provider,
+            *(significant(value) for value in (row.median_ms, row.p20_ms, row.p80_ms)),
+            cell(row.gbps, ".1f"),
+            cell(row.roof_share, ".1%"),
+            cell(row.ratio, ".2f"),
+            cell(row.launches, "d"),
+            significant(row.host_us),
+            style=STYLES.get(row.peer, ""),
+        )
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note:
+            notes.setdefault(row.note, []).append(row.provider)
+    lines = [Text(f"  {', '.join(names)}: {note}", style="dim") for note, names in notes.items()]
+    title = Text(f"\n{heading(rows[0])}", style="bold")
+    return Group(title, *([shown] if measured else []), *lines)
 
 
-def rows(table: Table, provenance: dict[str, str]) -> list[dict[str, str]]:
-    """Returns the CSV rows of a table, the probes of the roof among them."""
-    case, roof = table.case, table.roof_gbps
-    shared = provenance | {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "threads": str(case.threads),
-        "rounds": str(table.rounds),
-        "shapes": case.shapes_name,
-        "dtype": dtype_name(case.dtype),
-        "op": case.op.name,
-    }
+def summary(rows: list[Row]) -> Table:
+    """Shows fused_opt beside its best peer, one line for each case."""
+    shown = Table(box=box.SIMPLE, title="Summary")
+    for name in ("shapes", "op", "dtype"):
+        shown.add_column(name)
+    for name in ("best peer", "ms", "fused_opt ms", "ratio", "roof", "host µs", "ratio of host"):
+        shown.add_column(name, justify="right")
+    for table in by_case(rows):
+        line = summary_line(table)
+        if line is not None:
+            shown.add_row(*line)
+    return shown
+
+
+def fastest(rows: list[Row], what: str) -> Row | None:
+    """Returns the peer that has the least of a column."""
+    found = [row for row in rows if row.peer not in (OURS, ROOF) and getattr(row, what) is not None]
+    return min(found, key=lambda row: float(getattr(row, what)), default=None)
+
+
+def ours_in(rows: list[Row]) -> Row | None:
+    """Returns the row of fused_opt, where it was measured."""
+    return next((row for row in rows if row.peer == OURS and row.median_ms is not None), None)
+
+
+def host_ratio(rows: list[Row]) -> float | None:
+    """Returns the host time of the best peer over that of fused_opt."""
+    ours, best = ours_in(rows), fastest(rows, "host_us")
+    if ours is None or best is None or not ours.host_us or not best.host_us:
+        return None
+    return best.host_us / ours.host_us
+
+
+def summary_line(rows: list[Row]) -> list[str] | None:
+    """Returns the cells of a case, or None where fused_opt was not measured."""
+    ours, best = ours_in(rows), fastest(rows, "median_ms")
+    if ours is None:
+        return None
     return [
-        shared
-        | {
-            "provider": each.name,
-            "ms": cell(each.seconds * 1e3, ".5g"),
-            "spread": cell(each.timing.spread, ".4f"),
-            "gbps": cell(each.gbps if roof else None, ".5g"),  # means nothing for host time
-            "roof_gbps": cell(roof, ".5g"),
-            "share": cell(table.share(each), ".4f"),
-            "ratio": cell(table.ratio(each), ".4f"),
-        }
-        for each in table.results
+        ours.shapes,
+        ours.op,
+        ours.dtype,
+        best.provider if best else "",
+        significant(best.median_ms) if best else "",
+        significant(ours.median_ms),
+        cell(ours.ratio, ".2f"),
+        cell(ours.roof_share, ".0%"),
+        significant(ours.host_us),
+        cell(host_ratio(rows), ".2f"),
     ]
 
 
-def append_csv(path: Path, new_rows: list[dict[str, str]]) -> None:
-    """Appends rows to a CSV file, made with its header if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(new_rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(new_rows)
+def markdown(rows: list[Row]) -> str:
+    """Returns the table of the README: milliseconds per step, the best peer beside fused_opt."""
+    lines = [
+        "| step | parameters | best peer | ms | fused_opt, ms | faster | of the roof | host µs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for table in by_case(rows):
+        line = summary_line(table)
+        if line is None or line[0].startswith(("size-", "count-")):
+            continue
+        shapes, op, dtype, best, theirs, ours, ratio, roof, host, _ = line
+        cells = (op, f"{shapes}, {dtype}", best, theirs, f"**{ours}**", f"{ratio}x", roof, host)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,14 +1,15 @@
 """The machine's roof: the best memory bandwidth that simple code reaches on plain big arrays.
 
-Each probe moves through one arena, as large as all the tensors of the op together. `mul_` reads and
-writes one stream. On the CPU a probe of our own (probe.cpp) has the streams of the op itself and
-tries several prefetch distances; on CUDA the second probe is a device-to-device copy. All values
-are restored by a second run, so nothing drifts towards denormals or infinity.
+`mul_` reads and writes one stream. On the CPU a probe of our own (probe.cpp) has the streams of the
+op itself and tries several prefetch distances; on CUDA the second probe is a device-to-device copy.
+The fastest of a first trial is the roof, and runs among the contestants. All values are restored by
+a second run, so nothing drifts towards denormals or infinity.
 """
 
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -19,11 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .providers import Op
+from .ops import Op
 from .reference import samples
+from .timing import Clock
 
 PREFETCH_DISTANCES = (0, 256, 512, 1024)  # elements ahead
 LINE = 16  # fp32 elements in a cache line: streams start on a line of their own
+TRIALS = 3
+ROOF = "roof"
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,10 @@ class Probe:
 
 
 @cache
-def compiled_probe() -> Callable[..., None]:
-    """Compiles probe.cpp for this machine with the system's C++ compiler and loads it."""
+def compiled_probe() -> Callable[..., None] | None:
+    """Compiles probe.cpp for this machine with the system's C++ compiler and loads it, if it can."""
+    if shutil.which("c++") is None:
+        return None
     source = Path(__file__).with_name("probe.cpp")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "probe.so")
@@ -51,17 +57,19 @@ def compiled_probe() -> Callable[..., None]:
 
 
 def cpu_probes(arena: Tensor, written: int, threads: int) -> list[Probe]:
-    """Returns our own probe in each of its prefetch variants, checked.
+    """Returns our own probe in each of its prefetch variants, checked; none without a compiler.
 
     Args:
         arena: The memory to use, split into `written` streams and one that is only read.
         written: Number of streams that are read and written.
         threads: Number of OpenMP threads.
     """
+    function = compiled_probe()
+    if function is None:
+        return []
     length = arena.numel() // (written + 1) // LINE * LINE
     *streams, read = arena[: length * (written + 1)].view(written + 1, length)
     pointers = (ctypes.c_void_p * written)(*(stream.data_ptr() for stream in streams))
-    function = compiled_probe()
 
     def variant(ahead: int) -> Callable[[], None]:
         return lambda: function(pointers, written, read.data_ptr(), length, ahead, threads)
@@ -74,20 +82,25 @@ def cpu_probes(arena: Tensor, written: int, threads: int) -> list[Probe]:
         if not torch.equal(samples(streams).float(), expected.float()):
             raise RuntimeError(f"the roof probe with prefetch {ahead} computes wrong values")
         moved = (2 * written + 1) * length * arena.itemsize
-        probes.append(Probe(f"roof: probe, prefetch {ahead}", run, moved))
+        probes.append(Probe(f"{ROOF}: probe, prefetch {ahead}", run, moved))
     return probes
 
 
 def copy_probe(arena: Tensor) -> Probe:
     """Returns a copy of one half of the arena over the other."""
     source, target = arena[: arena.numel() // 2 * 2].view(2, -1)
-    return Probe("roof: copy_", lambda: target.copy_(source), 2 * source.nbytes)
+    return Probe(f"{ROOF}: copy_", lambda: target.copy_(source), 2 * source.nbytes)
 
 
-def probes(op: Op, footprint: int, device: torch.device, threads: int) -> list[Probe]:
-    """Returns the probes of an op, over an arena of `footprint` bytes."""
-    arena = torch.randn(footprint // 4, device=device)
-    mul = Probe("roof: mul_", lambda: arena.mul_(-1.0), 2 * arena.nbytes)
-    if device.type == "cuda":
-        return [mul, copy_probe(arena)]
-    return [mul, *cpu_probes(arena, written=op.written_streams, threads=threads)]
+def best_probe(op: Op, arena: Tensor, threads: int, clock: Clock) -> Probe:
+    """Returns the probe that moves most bytes per second through an arena of float32."""
+    probes = [Probe(f"{ROOF}: mul_", lambda: arena.mul_(-1.0), 2 * arena.nbytes)]
+    if arena.is_cuda:
+        probes.append(copy_probe(arena))
+    else:
+        probes += cpu_probes(arena, written=op.written_streams, threads=threads)
+
+    def seconds_per_byte(probe: Probe) -> float:
+        return min(clock(probe.run) for _ in range(TRIALS)) / probe.moved_bytes
+
+    return min(probes, key=seconds_per_byte)

@@ -1,34 +1,48 @@
-"""The measurements: builds the contestants of a case, checks them, times them, compares them.
-
-The bandwidth counts the same bytes for every provider, those that must move in one pass: whoever
-passes over memory more often shows less bandwidth, as it should. Lists that fit in a cache are
-measured in that cache, and so is their roof.
-"""
+"""The measurements: builds the contestants of a case, checks them, times them, makes rows of them."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import lru_cache
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .machine import free_bytes
-from .providers import Op, Provider, providers
+from .machine import free_bytes, last_cache_bytes
+from .ops import Op, dtype_name
+from .providers import OURS, Place, Provider, Step, providers
 from .reference import WrongResultError, check_step
-from .roof import probes
+from .roof import ROOF, Probe, best_probe
+from .rows import SCHEMA, Row
 from .shapes import Shapes, count
-from .timing import Clock, Run, Timing, after, cuda_clock, host_clock, interleave, wall_clock
+from .timing import (
+    Clock,
+    Repeated,
+    Rounds,
+    Run,
+    Timing,
+    after,
+    cold_cpu_clock,
+    cold_cuda_clock,
+    host_clock,
+    interleave,
+    wall_clock,
+)
 
 PARAMETER_SCALE = 0.05  # about the size of trained weights; gradients are standard normal
-HOST_SHAPES: Shapes = [(1,)] * 1000  # all time is host time, and 1 ms a step is 1 us a tensor
+POOL = (1 << 20) + 7  # random numbers that tensors are filled from: a prime, which no shape repeats
+POOL_STEP = 104_729  # from the start of one tensor to that of the next in the pool, a prime too
 MEMORY_SHARE = 0.9  # of the free memory may be used
+ROOF_BYTES = (256 << 20, 1 << 30)  # the roof's arena has the size of the case within these
 
-Kind = Literal["ours", "torch", "roof"]
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -43,75 +57,102 @@ class Case:
     threads: int
 
     @property
-    def moved_bytes(self) -> int:
-        """Bytes that one step must move."""
-        return count(self.shapes) * self.op.moved_bytes(self.dtype)
+    def params(self) -> int:
+        """The number of parameters."""
+        return count(self.shapes)
 
     @property
-    def footprint(self) -> int:
-        """Bytes of all tensors of one contestant, the gradients among them."""
-        return count(self.shapes) * (self.op.state_bytes(self.dtype) + self.dtype.itemsize)
+    def moved_bytes(self) -> int:
+        """Bytes that one step must move."""
+        return self.params * self.op.moved_bytes(self.dtype)
+
+    @property
+    def grad_bytes(self) -> int:
+        """Bytes of the gradients that all contestants share; resets need another copy of them."""
+        return self.params * self.dtype.itemsize * (2 if self.op.clip else 1)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all tensors of one contestant."""
+        return self.params * self.op.state_bytes(self.dtype)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that steps take for their length: a copy of the gradients, or a widened list."""
+        return self.params * (self.dtype.itemsize + (4 if self.dtype.itemsize < 4 else 0))
+
+    @property
+    def roof_bytes(self) -> int:
+        """Bytes of the arena that the roof is measured on."""
+        return min(max(self.state_bytes + self.grad_bytes, ROOF_BYTES[0]), ROOF_BYTES[1])
+
+    def needed_bytes(self, contestants: int) -> int:
+        """Bytes that so many contestants take side by side."""
+        return self.grad_bytes + self.scratch_bytes + contestants * self.state_bytes
+
+    def fits(self, contestants: int) -> bool:
+        """Tells whether so many contestants and the roof fit in memory side by side."""
+        free = free_bytes(self.device) - last_cache_bytes(self.device) - self.roof_bytes
+        return self.needed_bytes(contestants) < MEMORY_SHARE * free
+
+
+@dataclass(frozen=True)
+class How:
+    """How a run measures: its rounds, its peers, and whether steps are compiled."""
+
+    rounds: Rounds
+    against: list[str] | None = None
+    compiles: bool = True
+    launches: bool = True
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A checked run, ready to be timed; what it is, and the bytes that count for its bandwidth."""
+    """A checked run, ready to be timed; who it is, and the bytes that count for its bandwidth."""
 
     name: str
-    kind: Kind
+    peer: str
     run: Run
     moved_bytes: int
+    twin: Run | None = None  # the same on one element
+    launches: int | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """The time of a contestant, and its bandwidth."""
+    """The times of a contestant."""
 
-    name: str
-    kind: Kind
+    contestant: Contestant
     timing: Timing
-    gbps: float
 
     @property
-    def seconds(self) -> float:
-        """The median over the rounds."""
-        return self.timing.seconds
+    def gbps(self) -> float:
+        """Gigabytes of 10^9 bytes per second."""
+        return self.contestant.moved_bytes / self.timing.seconds / 1e9
 
 
-@dataclass(frozen=True)
-class Table:
-    """The results of a case, best compared within it; the notes say what is missing and why."""
-
-    case: Case
-    rounds: int
-    results: list[Result]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def roof_gbps(self) -> float | None:
-        """The best bandwidth among the probes."""
-        return max((each.gbps for each in self.results if each.kind == "roof"), default=None)
-
-    def share(self, result: Result) -> float | None:
-        """The bandwidth of a result over the roof's."""
-        return result.gbps / self.roof_gbps if self.roof_gbps else None
-
-    def ratio(self, result: Result) -> float | None:
-        """The time of torch's fastest over this one's: above 1 is faster than torch."""
-        best = min((each.seconds for each in self.results if each.kind == "torch"), default=None)
-        return best / result.seconds if best and result.kind != "roof" else None
-
-
-Build = Callable[[], list[Contestant]]
+# ---- Tensors -------------------------------------------------------------------------------------
 
 
 def random_tensors(case: Case, seed: int, scale: float = 1.0) -> list[Tensor]:
     """Returns the same non-zero random tensors each time it is called with the same seed."""
     generator = torch.Generator(case.device).manual_seed(seed)
+    pool = torch.randn(POOL, generator=generator, device=case.device).mul_(scale).to(case.dtype)
+    twice = torch.cat((pool, pool))
+    starts = (i * POOL_STEP % POOL for i in range(len(case.shapes)))
     return [
-        torch.randn(shape, generator=generator, device=case.device, dtype=case.dtype).mul_(scale)
-        for shape in case.shapes
+        filled(shape, twice[start : start + POOL])
+        for shape, start in zip(case.shapes, starts, strict=True)
     ]
+
+
+def filled(shape: tuple[int, ...], pool: Tensor) -> Tensor:
+    """Returns a tensor of that shape with the pool's elements, over and over."""
+    tensor = torch.empty(shape, dtype=pool.dtype, device=pool.device)
+    flat, whole = tensor.view(-1), tensor.numel() // POOL
+    flat[: whole * POOL].view(whole, POOL).copy_(pool)
+    flat[whole * POOL :].copy_(pool[: flat.numel() - whole * POOL])
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -137,84 +178,232 @@ class Gradients:
         return clock if self.kept is None else after(self.renew, clock)
 
 
-def build_provider(case: Case, provider: Provider, grads: Gradients) -> list[Contestant]:
+# ---- Contestants ---------------------------------------------------------------------------------
+
+
+def launches_of(step: Step, device: torch.device) -> int | None:
+    """Counts the kernels, copies and fills that a step puts on the GPU; None where CUPTI fails."""
+    if device.type != "cuda":
+        return None
+    try:
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            step.run()
+            torch.cuda.synchronize()
+        events = [each for each in profile.events() if each.device_type.name == "CUDA"]
+    except RuntimeError:
+        return None
+    return len(events) or None
+
+
+def build(case: Case, provider: Provider, grads: Gradients, launches: bool) -> Contestant:
     """Sets a provider up on parameters of its own and checks its step."""
-    params = random_tensors(case, seed=1, scale=PARAMETER_SCALE)
-    step = provider.setup(params, grads.tensors)
+    step = provider.setup(random_tensors(case, seed=1, scale=PARAMETER_SCALE), grads.tensors)
     try:
         check_step(step, grads.renew)
     except WrongResultError as error:
         raise WrongResultError(f"{provider.name} on {case.shapes_name}: {error}") from None
-    kind: Kind = "torch" if provider.is_torch else "ours"
-    return [Contestant(provider.name, kind, step.run, case.moved_bytes)]
+    counted = launches_of(step, case.device) if launches else None
+    grads.renew()
+    twin = build_twin(case, provider) if case.device.type == "cpu" else None
+    return Contestant(provider.name, provider.peer, step.run, case.moved_bytes, twin, counted)
 
 
-def build_roof(case: Case) -> list[Contestant]:
-    """Sets the roof's probes up."""
-    found = probes(case.op, case.footprint, case.device, case.threads)
-    return [Contestant(probe.name, "roof", probe.run, probe.moved_bytes) for probe in found]
+def build_twin(case: Case, provider: Provider) -> Run:
+    """Sets a provider up on one element."""
+    param, grad = (torch.ones(1, dtype=case.dtype) for _ in range(2))
+    twin = provider.setup([param], [grad]).run
+    twin()
+    return twin
 
 
-def time_together(builds: list[Build], rounds: int, clock: Clock) -> list[Result]:
-    """Times all contestants in interleaved rounds."""
-    contestants = [contestant for build in builds for contestant in build()]
-    timings = interleave({each.name: each.run for each in contestants}, rounds, clock)
-    return [
-        Result(each.name, each.kind, timing, each.moved_bytes / timing.seconds / 1e9)
-        for each, timing in zip(contestants, timings.values(), strict=True)
-    ]
+@lru_cache(maxsize=1)
+def roof_probe(op: Op, arena_bytes: int, device: torch.device, threads: int) -> Probe:
+    """Chooses the fastest probe, once for all cases that have the same."""
+    arena = filled((arena_bytes // 4,), torch.randn(POOL, device=device))
+    return best_probe(op, arena, threads, cold_clock(device, {}))
 
 
-def time_apart(builds: list[Build], rounds: int, clock: Clock) -> list[Result]:
-    """Times one after the other what is too large to be held side by side."""
-    results: list[Result] = []
-    for build in builds:
-        with suppress(torch.OutOfMemoryError):  # shown by a note
-            results += time_together([build], rounds, clock)
-        release_memory()
-    return results
+def build_roof(case: Case) -> Contestant:
+    """Returns the roof as a contestant."""
+    probe = roof_probe(case.op, case.roof_bytes, case.device, case.threads)
+    return Contestant(probe.name, ROOF, probe.run, probe.moved_bytes)
 
 
 def release_memory() -> None:
-    """Frees what the last contestants held."""
+    """Frees what the last contestants held, compiled steps among it."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def fits(case: Case, copies: int) -> bool:
-    """Tells whether the tensors of so many contestants fit in memory side by side."""
-    # torch foreach adds the weight decay into a copy of the gradients; a half list is widened.
-    scratch = count(case.shapes) * (case.dtype.itemsize + (4 if case.dtype.itemsize < 4 else 0))
-    return copies * (case.footprint + scratch) < MEMORY_SHARE * free_bytes(case.device)
+# ---- Timing --------------------------------------------------------------------------------------
 
 
-def measure(case: Case, rounds: int) -> Table:
-    """Checks and times all providers of a case and the probes of its roof."""
+class Measurement:
+    """The times of the providers of a case, and what became of those that could not be timed."""
+
+    def __init__(self, case: Case, how: How, entrants: list[Provider], tell: Tell) -> None:
+        """Notes who cannot take part."""
+        self.case, self.how, self.tell = case, how, tell
+        self.notes = {each.name: each.absence for each in entrants if each.absence}
+        self.allowed = [each for each in entrants if not each.absence]
+        self.results: list[Result] = []
+        self.hosts: dict[str, Timing] = {}
+
+    def skip(self, why: str) -> None:
+        """Notes that nobody takes part."""
+        self.notes |= {each.name: why for each in self.allowed}
+
+    def contestants(self, providers: list[Provider], grads: Gradients) -> list[Contestant]:
+        """Builds and checks them; who breaks down is noted."""
+        built = []
+        for each in providers:
+            self.tell(f"checking {each.name}")
+            try:
+                built.append(build(self.case, each, grads, self.how.launches))
+            except torch.OutOfMemoryError:
+                self.notes[each.name] = "out of memory"
+            except Exception as error:  # of another package, or of the compiler
+                if each.peer == OURS or isinstance(error, WrongResultError):
+                    raise
+                reason = str(error).strip().partition("\n")[0][:120]
+                self.notes[each.name] = f"failed, {type(error).__name__}: {reason}"
+        return built
+
+    def cold(self, contestants: list[Contestant], grads: Gradients) -> list[Result]:
+        """Times them with cold caches."""
+        twins = {each.run: each.twin for each in contestants if each.twin}
+        return self.time(contestants, grads.clock(cold_clock(self.case.device, twins)))
+
+    def time(self, contestants: list[Contestant], clock: Clock) -> list[Result]:
+        """Times them in interleaved rounds."""
+        if not contestants:
+            return []
+        runs = {each.name: each.run for each in contestants}
+        timings = interleave(runs, self.how.rounds, clock, self.tell)
+        return [Result(each, timings[each.name]) for each in contestants]
+
+    def take(self, grads: Gradients) -> None:
+        """Times all side by side; or one after the other where they are too large for that."""
+        if self.case.fits(len(self.allowed)):
+            built = self.contestants(self.allowed, grads)
+            self.results = self.cold([*built, build_roof(self.case)], grads)
+            return self.take_hosts(built, grads)
+        self.notes[""] = "timed one after the other, not interleaved: too large for the memory"
+        for each in self.allowed:
+            built = self.contestants([each], grads)
+            with suppress(torch.OutOfMemoryError):
+                self.results += self.cold(built, grads)
+                self.take_hosts(built, grads)
+            del built
+            release_memory()
+        self.results += self.cold([build_roof(self.case)], grads)
+        return None
+
+    def take_hosts(self, contestants: list[Contestant], grads: Gradients) -> None:
+        """Times how long a step on a GPU takes to return."""
+        if self.case.device.type == "cuda":
+            results = self.time(contestants, Repeated(grads.clock(host_clock)))
+            self.hosts |= {each.contestant.name: each.timing for each in results}
+
+    def take_hosts_on_cpu(self, entrants: list[Provider]) -> None:
+        """Times the same steps on as many tensors of one element, caches warm.
+
+        On the CPU, where host and device are one, this is the part of the time that is spent on
+        tensors, and not on their elements.
+        """
+        shapes: Shapes = [(1,)] * len(self.case.shapes)
+        case = replace(self.case, shapes_name="host", shapes=shapes)
+        grads = Gradients.of(case)
+        host = Measurement(case, self.how, entrants, lambda what: self.tell(f"host time, {what}"))
+        built = host.contestants(host.allowed, grads)
+        results = host.time(built, Repeated(grads.clock(wall_clock)))
+        self.hosts = {each.contestant.name: each.timing for each in results}
+
+
+def cold_clock(device: torch.device, twins: Mapping[Run, Run]) -> Clock:
+    """The clock of bandwidth."""
+    return cold_cuda_clock(device) if device.type == "cuda" else cold_cpu_clock(twins)
+
+
+def measure(case: Case, how: How, origin: dict[str, str], tell: Tell) -> list[Row]:
+    """Checks and times all providers of a case and its roof, and returns their rows."""
     release_memory()
-    entrants = providers(case.op, case.device, case.dtype)
-    allowed = [each for each in entrants if not each.refusal]
-    notes = [f"{each.name}: {each.refusal}" for each in entrants if each.refusal]
-    if case.device.type == "cpu" and not fits(case, 1):  # the kernel would kill the process
-        return Table(case, rounds, [], [f"skipped: needs {case.footprint / 1e9:.0f} GB of memory"])
-    together = fits(case, len(allowed) + 1)  # one more for the roof
-    if not together:
-        notes.append("timed one after the other, not interleaved: too large for the memory")
-
-    grads = Gradients.of(case)
-    builds: list[Build] = [partial(build_provider, case, each, grads) for each in allowed]
-    builds.append(partial(build_roof, case))
-    clock = grads.clock(cuda_clock if case.device.type == "cuda" else wall_clock)
-    results = (time_together if together else time_apart)(builds, rounds, clock)
-    lost = {each.name for each in allowed} - {each.name for each in results}
-    return Table(case, rounds, results, notes + [f"{name}: out of memory" for name in sorted(lost)])
+    place = Place(case.op, case.device, case.dtype, len(case.shapes), how.compiles)
+    entrants = providers(place, how.against)
+    measurement = Measurement(case, how, entrants, tell)
+    if not case.fits(1):
+        measurement.skip(f"skipped, needs {case.needed_bytes(1) / 1e9:.1f} GB of free memory")
+        return rows(case, origin, entrants, measurement)
+    measurement.take(Gradients.of(case))
+    if case.device.type == "cpu":
+        release_memory()
+        timed = {each.contestant.name for each in measurement.results}
+        measurement.take_hosts_on_cpu([each for each in entrants if each.name in timed])
+    return rows(case, origin, entrants, measurement)
 
 
-def measure_host(op: Op, device: torch.device, threads: int, rounds: int) -> Table:
-    """Times the host side of a step: 1000 tensors of 1 element, gradients kept."""
-    case = Case(op, "host", HOST_SHAPES, torch.float32, device, threads)
-    grads = Gradients.of(case)
-    entrants = providers(op, device, case.dtype)
-    builds: list[Build] = [partial(build_provider, case, each, grads) for each in entrants]
-    clock = grads.clock(host_clock if device.type == "cuda" else wall_clock)
-    return Table(case, rounds, time_together(builds, rounds, clock))
+# ---- Rows ----------------------------------------------------------------------------------------
+
+
+def rows(
+    case: Case, origin: dict[str, str], entrants: list[Provider], measurement: Measurement
+) -> list[Row]:
+    """Returns a row for each entrant and for the roof."""
+    results, notes = measurement.results, measurement.notes
+    found = {each.contestant.name: each for each in results}
+    roof = next((each for each in results if each.contestant.peer == ROOF), None)
+    peers = [each for each in results if each.contestant.peer not in (OURS, ROOF)]
+    best = min((each.timing.seconds for each in peers), default=None)
+    common: dict[str, Any] = dict(
+        **origin,
+        schema=SCHEMA,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        threads=case.threads,
+        cache="cold",
+        op=case.op.name,
+        shapes=case.shapes_name,
+        tensors=len(case.shapes),
+        params=case.params,
+        dtype=dtype_name(case.dtype),
+    )
+    names = [(each.name, each.peer) for each in entrants]
+    names += [(roof.contestant.name, ROOF)] if roof else []
+    made = []
+    for name, peer in names:
+        measured: dict[str, Any] = {"note": notes.get(name) or notes.get("", "")}
+        if name in found:
+            measured |= times(found[name], roof.gbps if roof else None, best)
+        if name in measurement.hosts:
+            measured |= host_columns(measurement.hosts[name])
+        made.append(Row(**common, provider=name, peer=peer, **measured))
+    return made
+
+
+def times(result: Result, roof_gbps: float | None, best: float | None) -> dict[str, Any]:
+    """The columns of a timed contestant."""
+    timing, is_roof = result.timing, result.contestant.peer == ROOF
+    return {
+        "repeats": timing.rounds,
+        "bytes": result.contestant.moved_bytes,
+        "median_ms": timing.seconds * 1e3,
+        "p20_ms": timing.low * 1e3,
+        "p80_ms": timing.high * 1e3,
+        "gbps": result.gbps,
+        "roof_gbps": roof_gbps,
+        "roof_share": result.gbps / roof_gbps if roof_gbps else None,
+        "ratio": best / timing.seconds if best and not is_roof else None,
+        "launches": result.contestant.launches,
+    }
+
+
+def host_columns(timing: Timing) -> dict[str, Any]:
+    """The columns of host time."""
+    return {
+        "host_us": timing.seconds * 1e6,
+        "host_p20_us": timing.low * 1e6,
+        "host_p80_us": timing.high * 1e6,
+    }
