@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperGroup
 
 from . import plan
+from .compare import compare, comparison_table
 from .machine import provenance
 from .ops import DTYPES, OPS
 from .providers import PEERS
@@ -184,3 +185,21 @@ def rows_of(path: Path) -> list[Row]:
         return load(path)
     except BadResultsError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+@app.command("compare")
+def compare_runs(
+    before: Annotated[Path, typer.Argument(help="A file or folder of a run: A.")],
+    after: Annotated[Path, typer.Argument(help="Of a later run: B.")],
+) -> None:
+    """Says where fused_opt became slower from A to B, beyond the noise; then exits with 1."""
+    runs = [[row for path in known([each]) for row in rows_of(path)] for each in (before, after)]
+    comparison, console = compare(*runs), terminal()
+    for warning in comparison.warnings:
+        console.print(f"[yellow]Warning:[/] {warning}", highlight=False)
+    if not comparison.changes:
+        raise typer.BadParameter("the runs have no case in common")
+    console.print(comparison_table(comparison))
+    found = len(comparison.regressions)
+    console.print(f"{found} of {len(comparison.changes)} times are slower beyond their noise.")
+    raise typer.Exit(1 if found else 0)
