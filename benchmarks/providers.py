@@ -57,6 +57,12 @@ class Step:
     grad_norm: Callable[[], Tensor] | None = None  # of the last step, where it is clipped
     masters: Callable[[], Tensors] | None = None  # whose roundings the parameters are
 
+    def tensors(self) -> Tensors:
+        """All that a step reads and writes; the momentum exists after the first."""
+        state = [each() for each in (self.momentum, self.masters) if each]
+        lists = [self.params, self.grads, *self.averages, *state]
+        return [tensor for each in lists for tensor in each]
+
 
 @dataclass(frozen=True)
 class Provider:

@@ -9,17 +9,13 @@ a second run, so nothing drifts towards denormals or infinity.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .native import library
 from .ops import Op
 from .reference import samples
 from .timing import Clock
@@ -37,23 +33,7 @@ class Probe:
     name: str
     run: Callable[[], object]
     moved_bytes: int
-
-
-@cache
-def compiled_probe() -> Callable[..., None] | None:
-    """Compiles probe.cpp for this machine with the system's C++ compiler and loads it, if it can."""
-    if shutil.which("c++") is None:
-        return None
-    source = Path(__file__).with_name("probe.cpp")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "probe.so")
-        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17"]
-        subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True)
-        function = ctypes.CDLL(str(library)).probe
-    pointer, int64 = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, ctypes.c_int, pointer, int64, int64, ctypes.c_int]
-    function.restype = None
-    return function
+    arena: Tensor
 
 
 def cpu_probes(arena: Tensor, written: int, threads: int) -> list[Probe]:
@@ -64,9 +44,10 @@ def cpu_probes(arena: Tensor, written: int, threads: int) -> list[Probe]:
         written: Number of streams that are read and written.
         threads: Number of OpenMP threads.
     """
-    function = compiled_probe()
-    if function is None:
+    native = library()
+    if native is None:
         return []
+    function = native.probe
     length = arena.numel() // (written + 1) // LINE * LINE
     *streams, read = arena[: length * (written + 1)].view(written + 1, length)
     pointers = (ctypes.c_void_p * written)(*(stream.data_ptr() for stream in streams))
@@ -82,19 +63,26 @@ def cpu_probes(arena: Tensor, written: int, threads: int) -> list[Probe]:
         if not torch.equal(samples(streams).float(), expected.float()):
             raise RuntimeError(f"the roof probe with prefetch {ahead} computes wrong values")
         moved = (2 * written + 1) * length * arena.itemsize
-        probes.append(Probe(f"{ROOF}: probe, prefetch {ahead}", run, moved))
+        probes.append(Probe(f"{ROOF}: probe, prefetch {ahead}", run, moved, arena))
     return probes
 
 
 def copy_probe(arena: Tensor) -> Probe:
     """Returns a copy of one half of the arena over the other."""
     source, target = arena[: arena.numel() // 2 * 2].view(2, -1)
-    return Probe(f"{ROOF}: copy_", lambda: target.copy_(source), 2 * source.nbytes)
+    return Probe(f"{ROOF}: copy_", lambda: target.copy_(source), 2 * source.nbytes, arena)
 
 
 def best_probe(op: Op, arena: Tensor, threads: int, clock: Clock) -> Probe:
-    """Returns the probe that moves most bytes per second through an arena of float32."""
-    probes = [Probe(f"{ROOF}: mul_", lambda: arena.mul_(-1.0), 2 * arena.nbytes)]
+    """Returns the probe that moves most bytes per second through an arena of float32.
+
+    Args:
+        op: Whose streams are probed.
+        arena: The memory.
+        threads: Number of OpenMP threads.
+        clock: How a run is timed.
+    """
+    probes = [Probe(f"{ROOF}: mul_", lambda: arena.mul_(-1.0), 2 * arena.nbytes, arena)]
     if arena.is_cuda:
         probes.append(copy_probe(arena))
     else:

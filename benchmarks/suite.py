@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .machine import free_bytes, last_cache_bytes
+from .native import eviction
 from .ops import Op, dtype_name
 from .providers import OURS, Place, Provider, Step, providers
 from .reference import WrongResultError, check_step
@@ -114,8 +116,8 @@ class Contestant:
     peer: str
     run: Run
     moved_bytes: int
-    twin: Run | None = None  # the same on one element
-    launches: int | None = None
+    evict: Run  # drives its tensors out of the CPU's caches
+    launches: int | None
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,10 @@ class Gradients:
 # ---- Contestants ---------------------------------------------------------------------------------
 
 
+def nothing() -> None:
+    """What a GPU's clock does otherwise."""
+
+
 def launches_of(step: Step, device: torch.device) -> int | None:
     """Counts the kernels, copies and fills that a step puts on the GPU; None where CUPTI fails."""
     if device.type != "cuda":
@@ -205,29 +211,23 @@ def build(case: Case, provider: Provider, grads: Gradients, launches: bool) -> C
         raise WrongResultError(f"{provider.name} on {case.shapes_name}: {error}") from None
     counted = launches_of(step, case.device) if launches else None
     grads.renew()
-    twin = build_twin(case, provider) if case.device.type == "cpu" else None
-    return Contestant(provider.name, provider.peer, step.run, case.moved_bytes, twin, counted)
-
-
-def build_twin(case: Case, provider: Provider) -> Run:
-    """Sets a provider up on one element."""
-    param, grad = (torch.ones(1, dtype=case.dtype) for _ in range(2))
-    twin = provider.setup([param], [grad]).run
-    twin()
-    return twin
+    evict = eviction(step.tensors()) if case.device.type == "cpu" else nothing
+    return Contestant(provider.name, provider.peer, step.run, case.moved_bytes, evict, counted)
 
 
 @lru_cache(maxsize=1)
 def roof_probe(op: Op, arena_bytes: int, device: torch.device, threads: int) -> Probe:
     """Chooses the fastest probe, once for all cases that have the same."""
     arena = filled((arena_bytes // 4,), torch.randn(POOL, device=device))
-    return best_probe(op, arena, threads, cold_clock(device, {}))
+    evict = eviction([arena]) if device.type == "cpu" else nothing
+    return best_probe(op, arena, threads, cold_clock(device, defaultdict(lambda: evict)))
 
 
 def build_roof(case: Case) -> Contestant:
     """Returns the roof as a contestant."""
     probe = roof_probe(case.op, case.roof_bytes, case.device, case.threads)
-    return Contestant(probe.name, ROOF, probe.run, probe.moved_bytes)
+    evict = eviction([probe.arena]) if case.device.type == "cpu" else nothing
+    return Contestant(probe.name, ROOF, probe.run, probe.moved_bytes, evict, None)
 
 
 def release_memory() -> None:
@@ -275,8 +275,8 @@ class Measurement:
 
     def cold(self, contestants: list[Contestant], grads: Gradients) -> list[Result]:
         """Times them with cold caches."""
-        twins = {each.run: each.twin for each in contestants if each.twin}
-        return self.time(contestants, grads.clock(cold_clock(self.case.device, twins)))
+        evictions = {each.run: each.evict for each in contestants}
+        return self.time(contestants, grads.clock(cold_clock(self.case.device, evictions)))
 
     def time(self, contestants: list[Contestant], clock: Clock) -> list[Result]:
         """Times them in interleaved rounds."""
@@ -324,9 +324,9 @@ class Measurement:
         self.hosts = {each.contestant.name: each.timing for each in results}
 
 
-def cold_clock(device: torch.device, twins: Mapping[Run, Run]) -> Clock:
+def cold_clock(device: torch.device, evictions: Mapping[Run, Run]) -> Clock:
     """The clock of bandwidth."""
-    return cold_cuda_clock(device) if device.type == "cuda" else cold_cpu_clock(twins)
+    return cold_cuda_clock(device) if device.type == "cuda" else cold_cpu_clock(evictions)
 
 
 def measure(case: Case, how: How, origin: dict[str, str], tell: Tell) -> list[Row]:

@@ -87,19 +87,17 @@ def host_clock(run: Run) -> float:
     return wall_clock(run)
 
 
-def cold_cpu_clock(twins: Mapping[Run, Run]) -> Clock:
-    """Times single runs, each after a read of as much memory as the last cache holds.
+def cold_cpu_clock(evictions: Mapping[Run, Run]) -> Clock:
+    """Times single runs, each after its tensors were driven out of the caches.
+
+    Only tensors are: in a training loop they are cold, and the code that steps them is not.
 
     Args:
-        twins: Of each run the same on one element, which is run before it: in a training loop the
-            tensors are cold, and the code that steps them is not.
+        evictions: What does so for each run.
     """
-    memory = torch.ones(last_cache_bytes() // 4)
 
     def clock(run: Run) -> float:
-        memory.sum()
-        if run in twins:
-            twins[run]()
+        evictions[run]()
         return wall_clock(run)
 
     return clock
