@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks`, or `python -m fused_opt.benchmarks` of an installed package."""
+"""`python -m benchmarks`, or `python -m fused_opt.benchmarks` of an installed package."""
 
 from __future__ import annotations
 

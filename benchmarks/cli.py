@@ -1,4 +1,4 @@
-"""The commands of `python -m benchmarks`: run, plot, compare, table. `run` is meant where none is named."""
+"""The commands of `python -m benchmarks`: run, which is meant where none is named, and others."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from typer.core import TyperGroup
 
 from . import plan
@@ -36,7 +42,7 @@ QUICK_ROUNDS = Rounds(least=5, most=21, seconds=0.4)
 class RunByDefault(TyperGroup):
     """A group whose first command is meant where an argument list names none."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Puts `run` in front."""
         if not args or (args[0] not in self.commands and args[0] != "--help"):
             args = ["run", *args]
@@ -65,7 +71,7 @@ def terminal() -> Console:
 
 
 @contextmanager
-def progress(console: Console, total: int) -> Iterator[tuple[Progress, int]]:
+def progress(console: Console, total: int) -> Iterator[tuple[Progress, TaskID]]:
     """Shows a bar over the cases, and what is being done."""
     columns = (
         BarColumn(),

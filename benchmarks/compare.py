@@ -1,7 +1,7 @@
 """`python -m benchmarks compare A B`: whether fused_opt became slower from one run to the other.
 
-A shared machine is faster in one minute and slower in the next, and peers are not ours to mend. So a
-case counts as slower only where three views agree: its time, its time over that of the best peer
+A shared machine is faster in one minute and slower in the next, and peers are not ours to mend. So
+a case counts as slower only where three views agree: its time, its time over that of the best peer
 measured in the same rounds, and its time over that of the roof. The view that says least decides.
 Noise is what the middle three fifths of the samples of both runs span to either side, and the 3 %
 by which identical functions differ when they are interleaved.
@@ -137,7 +137,8 @@ def relative_views(
 ) -> Iterator[float]:
     """Yields the change relative to the best peer of the first run, and to the roof."""
     before, after = measure.of(ours), measure.of(ours_now)
-    assert before and after
+    assert before
+    assert after
     best = fastest(old, measure.median)
     again = next((row for row in new if best and row.provider == best.provider), None)
     if best and again and (theirs := measure.of(best)) and (theirs_now := measure.of(again)):

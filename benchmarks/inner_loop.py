@@ -8,6 +8,7 @@ and gives the gradient of the weights to theirs. What a contestant takes beyond 
 
 from __future__ import annotations
 
+import csv
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from typing import Annotated, Any
 import higher as original
 import torch
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import mse_loss
@@ -28,10 +31,10 @@ import fused_opt.higher
 
 from .machine import provenance
 from .reference import WrongResultError
-from .report import append_csv, cell, grid
-from .timing import Timing, interleave, wall_clock
+from .report import cell
+from .timing import Repeated, Rounds, Run, Timing, interleave, wall_clock
 
-RESULTS = Path(__file__).parent / "results" / "inner_loop.csv"
+RESULTS = "inner_loop.csv"
 STEPS = 5
 LR, MOMENTUM = 0.1, 0.9
 FLOOR = "floor: no update"
@@ -250,11 +253,12 @@ def measure(name: str, rounds: int) -> list[Result]:
     check(name, task)
     runs = {each: partial(meta_gradients, task, inner) for each, inner in CONTESTANTS.items()}
 
-    def clock(run: Callable[[], object], repeats: int) -> float:
+    def clock(run: Run) -> float:
         with collected():
-            return wall_clock(run, repeats)
+            return repeated(run)
 
-    timings = interleave(runs, rounds, clock)
+    repeated = Repeated(wall_clock)
+    timings = interleave(runs, Rounds.exactly(rounds), clock)
     return [Result(each, timings[each], peak_bytes(run)) for each, run in runs.items()]
 
 
@@ -268,21 +272,37 @@ def ratio(result: Result, results: list[Result], to: str) -> float:
     return next(each.ms for each in results if each.name == to) / result.ms
 
 
+def grid(*columns: str) -> Table:
+    """Returns an empty table: names to the left, numbers to the right."""
+    shown = Table(box=box.SIMPLE)
+    shown.add_column("provider", no_wrap=True)
+    for name in columns:
+        shown.add_column(name, justify="right", no_wrap=True)
+    return shown
+
+
+def save(rows: list[dict[str, str]], folder: Path) -> None:
+    """Writes the rows of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / RESULTS).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(
     models: Annotated[str, typer.Option(help="To run, separated by commas.")] = ",".join(MODELS),
     rounds: Annotated[int, typer.Option(min=1, help="Samples per median.")] = 31,
-    record: Annotated[
-        bool, typer.Option(help="Append to benchmarks/results/inner_loop.csv.")
-    ] = False,
+    out: Annotated[Path | None, typer.Option(help=f"Folder for {RESULTS}, replaced there.")] = None,
 ) -> None:
     """Times meta-gradients through five inner steps, on one thread."""
     torch.set_num_threads(1)
     console, origin = Console(), provenance(torch.device("cpu"))
     console.print(" · ".join(f"{name} {value}" for name, value in origin.items() if value))
+    kept: list[dict[str, str]] = []
     for name in models.split(","):
         results = measure(name, rounds)
         shown = grid("ms per step", "spread", "over floor", "vs higher", "vs torch", "peak MB")
-        rows = []
         for each in results:
             numbers = {
                 "ms": cell(each.ms, ".5g"),
@@ -293,12 +313,12 @@ def main(
                 "peak_mb": cell(each.peak / 1e6, ".5g"),
             }
             shown.add_row(each.name, *(f"{float(number):.4g}" for number in numbers.values()))
-            rows.append(
+            kept.append(
                 {**origin, "rounds": str(rounds), "model": name, "provider": each.name, **numbers}
             )
         console.print(f"\n[bold]{STEPS} inner steps · {name}[/]", shown)
-        if record:
-            append_csv(RESULTS, rows)
+    if out:
+        save(kept, out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a result must say about where it comes from: machine, its state as found, versions, commit."""
+"""What a result says about where it comes from: machine, its state as found, versions, commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles probe.cpp at run time; and cold caches, which need an instruction that Python has not."""
+"""Compiles probe.cpp at run time: the roof's probe, and what makes caches cold."""
 
 from __future__ import annotations
 

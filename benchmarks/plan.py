@@ -1,4 +1,4 @@
-"""Which cases a run measures: those that were asked for, or a choice of those that people care about."""
+"""Which cases a run measures: those that were asked for, or those that people care about."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def cases(
     chosen_ops = names_in(ops, OPS, "ops")
     chosen_dtypes = names_in(dtypes, DTYPES, "dtype")
     full = FULL_ON_GPU if device == "cuda" else FULL
-    plans = QUICK if quick else full
+    plans: tuple[Plan, ...] = QUICK if quick else full
     if chosen_shapes:
         plans = (Plan(chosen_shapes, SGD_TO_TAIL if quick else ALL_OPS),)
     if chosen_ops or chosen_dtypes:

@@ -1,9 +1,11 @@
-"""`python -m benchmarks plot`: bandwidth against size, ratios per model, host time against tensors."""
+"""`python -m benchmarks plot`: bandwidth by size, ratios per model, host time by tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import ceil, floor, log10
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -12,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .ops import OPS
 from .providers import OURS
-from .report import by_case, fastest, ours_in
+from .report import by_case, ours_in
 from .roof import ROOF
 from .rows import Row
 
@@ -32,7 +34,7 @@ PEER_COLOURS = {  # muted, so that the line that matters stands out
 }
 OP_SHADES = {"sgd": "#9cc9c5", "sgd+ema": "#3f9c96", "clip+sgd+ema": "#0b5f5b"}
 WIDTH, HEIGHT, DPI = 8.0, 4.3, 160  # inches; at 800 pixels text is as large as that of a page
-STYLE = {
+STYLE: Any = {
     "font.size": 10.5,
     "font.family": "DejaVu Sans",
     "text.color": INK,
@@ -149,16 +151,17 @@ def label_ends(axes: Axes, ends: list[tuple[float, str, str]], x: float, gap: fl
     """
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = sorted((float(to_axes.transform((x, y))[1]), y, name, hue) for y, name, hue in ends)
-    places: list[float] = []
-    for place, *_ in wanted:
-        places.append(max(place, places[-1] + gap) if places else place)
-    shift = max(0.0, places[-1] - 1.0) if places else 0.0
+    places = [place for place, *_ in wanted]
+    for _ in range(20 * len(places)):  # neighbours push each other apart
+        for i in range(len(places) - 1):
+            push = max(0.0, gap - (places[i + 1] - places[i])) / 2
+            places[i], places[i + 1] = places[i] - push, places[i + 1] + push
     right = float(to_axes.transform((x, ends[0][0]))[0])
     for place, (_, _, name, hue) in zip(places, wanted, strict=True):
         bold = "bold" if name == OURS else "normal"
         axes.text(
             right + 0.015,
-            place - shift,
+            place,
             name,
             color=hue,
             fontweight=bold,
@@ -188,11 +191,9 @@ def bandwidth(rows: list[Row]) -> Figure | None:
     ends = draw_lines(axes, lines, "params", lambda row: row.gbps or 0.0)
     sizes = sorted({row.params for row in swept})
     axes.axhline(roof, color=ROOF_COLOUR, linestyle=(0, (5, 3)), linewidth=1.4, zorder=1)
-    axes.text(
-        sizes[0], roof * 1.015, f"measured roof, {roof:.1f} GB/s", color=MUTED, fontsize=9.5
-    )
+    axes.text(sizes[0], roof * 1.015, f"measured roof, {roof:.1f} GB/s", color=MUTED, fontsize=9.5)
     axes.set_ylim(0, roof * 1.12)
-    axes.set_xlim(sizes[0] * 0.85, sizes[-1] * (sizes[-1] / sizes[0]) ** 0.36)
+    axes.set_xlim(sizes[0] * 0.85, sizes[-1] * (sizes[-1] / sizes[0]) ** 0.42)
     axes.set_xticks(sizes, [human(size) for size in sizes])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()
@@ -206,12 +207,11 @@ def ratios(rows: list[Row]) -> Figure | None:
     """How many times as fast as the best peer, a group of bars per model."""
     models: dict[str, dict[str, float]] = {}
     for case in by_case(rows):
-        ours, best = ours_in(case), fastest(case, "median_ms")
-        swept = case[0].shapes.startswith(("size-", "count-"))
-        if ours and best and ours.ratio and ours.dtype == "fp32" and not swept:
+        ours = ours_in(case)
+        if ours is None or ours.ratio is None or ours.shapes.startswith(("size-", "count-")):
+            continue
+        if ours.dtype == "fp32" and ours.op in OP_SHADES:
             models.setdefault(ours.shapes, {})[ours.op] = ours.ratio
-    models = {name: {op: v for op, v in ops.items() if op in OP_SHADES} for name, ops in models.items()}
-    models = {name: ops for name, ops in models.items() if ops}
     if not models:
         return None
     figure, axes = new_figure(
@@ -230,7 +230,8 @@ def ratios(rows: list[Row]) -> Figure | None:
     axes.tick_params(axis="x", length=0)
     axes.set_ylim(0, top * 1.12)
     axes.set_xlim(-0.6, len(models) - 0.4)
-    axes.grid(axis="y")
+    axes.set_yticks([])  # the bars have their numbers
+    axes.spines["left"].set_visible(False)
     shown = [op for op in OPS if any(op in ops for ops in models.values())]
     for j, op in enumerate(reversed(shown)):
         figure.text(0.97 - 0.155 * j, 0.88, f"■ {op}", color=OP_SHADES[op], ha="right", fontsize=10)
@@ -252,10 +253,12 @@ def host_times(rows: list[Row]) -> Figure | None:
     axes.set_yscale("log")
     ends = draw_lines(axes, lines, "tensors", lambda row: row.host_us or 1.0)
     counts = sorted({row.tensors for row in swept})
-    axes.set_xlim(counts[0] * 0.85, counts[-1] * max(counts[-1] / counts[0], 10) ** 0.36)
+    axes.set_xlim(counts[0] * 0.85, counts[-1] * max(counts[-1] / counts[0], 10) ** 0.42)
     axes.set_xticks(counts, [human(number) for number in counts])
     axes.yaxis.set_major_locator(LogLocator(base=10))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    low, high = axes.get_ylim()
+    axes.set_ylim(10 ** floor(log10(low)), 10 ** ceil(log10(high)))  # whole decades
     axes.minorticks_off()
     axes.set_xlabel("tensors")
     axes.grid(axis="y")

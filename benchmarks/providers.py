@@ -1,7 +1,7 @@
 """The contestants: one optimizer step with the same maths, done by fused_opt and by its peers.
 
-A provider has a name and a `setup(params, grads)` that returns a `Step`. Peers are put together from
-an optimizer and from something that averages; `providers` says which, and what is absent and why.
+A provider has a name and a `setup(params, grads)` that returns a `Step`. Peers are put together
+from an optimizer and from something that averages; `providers` says which, and why one is absent.
 """
 
 from __future__ import annotations
@@ -394,7 +394,11 @@ def compiled_step(params: Tensors, grads: Tensors, *, op: Op) -> Step:
 
     @torch.compile(fullgraph=True, dynamic=False)
     def step(
-        params: Tensors, weights: Tensors, grads: Tensors, momentum: Tensors, averages: list[Tensors]
+        params: Tensors,
+        weights: Tensors,
+        grads: Tensors,
+        momentum: Tensors,
+        averages: list[Tensors],
     ) -> Tensor:
         norm = torch.zeros((), device=params[0].device)
         if op.clip:
@@ -518,7 +522,7 @@ def update_peers(place: Place) -> list[Provider]:
 
 
 def step_peers(place: Place) -> list[Provider]:
-    """Every optimizer with the fastest averages, and the packages of averages after torch's step."""
+    """Every optimizer with the fastest averages; the packages of averages after torch's step."""
     op, peers = place.op, []
 
     def add(peer: str, name: str, **how: Any) -> None:
@@ -527,7 +531,9 @@ def step_peers(place: Place) -> list[Provider]:
     clip = "clip+" if op.clip else ""
     averagers: dict[str, Averager | None] = {"": None}
     if op.averages:
-        averagers = {"+lerp": foreach_lerp} | ({"+float-lerp": float_lerp} if place.half else {})
+        averagers = {"+lerp": foreach_lerp}
+        if place.half:
+            averagers["+float-lerp"] = float_lerp
     for peer, optimizer in OPTIMIZERS.items():
         for suffix, averager in averagers.items():
             add(peer, f"{clip}{peer}{suffix}", optimizer=optimizer, averager=averager)

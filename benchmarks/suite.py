@@ -1,4 +1,4 @@
-"""The measurements: builds the contestants of a case, checks them, times them, makes rows of them."""
+"""The measurements: builds the contestants of a case, checks, times, and makes rows of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import lru_cache
-
 from typing import Any
 
 import torch

@@ -5,7 +5,7 @@ keeps anyone from always following the same neighbour. torch.utils.benchmark and
 time one statement after the other, and so cannot do this.
 
 A clock returns the seconds of one sample. Those of bandwidth are cold: before each sample the
-tensors are driven out of the last cache, as the rest of a training step would do. Those of host time
+tensors are driven out of the caches, as the rest of a training step would do. Those of host time
 are warm.
 """
 
@@ -137,7 +137,7 @@ def spin_rate() -> float:
         torch.cuda._sleep(cycles)
         end.record()
         end.synchronize()
-    return cycles / (start.elapsed_time(end) / 1e3)
+    return float(cycles / (start.elapsed_time(end) / 1e3))
 
 
 def after(prepare: Run, clock: Clock) -> Clock:

@@ -55,8 +55,9 @@ def run(*command: str | Path, cwd: Path, **environ: str) -> str:
 def sources() -> set[str]:
     """Returns the files of the checkout that a build, the tests and the documents need."""
     files = [path for path in ROOT.glob("*") if path.suffix in (".md", ".py", ".toml", ".txt")]
-    for folder in ("csrc", "docs", "fused_opt", "tests"):
+    for folder in ("benchmarks", "csrc", "docs", "fused_opt", "tests"):
         files += [path for path in (ROOT / folder).rglob("*") if "__pycache__" not in path.parts]
+    files = [path for path in files if ROOT / "benchmarks" / "results" not in path.parents]
     names = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
     return {name for name in names if not name.endswith(".so")} - {"requirements.txt"}
 
@@ -134,10 +135,10 @@ def test_wheel_holds_the_package_alone(wheel: Path) -> None:
         files = [name for name in archive.namelist() if not name.endswith("/")]
     names = [name for name in files if ".dist-info/" not in name]
     assert {"fused_opt/py.typed", "fused_opt/doctor.py", "fused_opt/_C.pyi"} <= set(names)
-    assert "fused_opt/higher/__init__.py" in names
+    assert {"fused_opt/higher/__init__.py", "fused_opt/benchmarks/probe.cpp"} <= set(names)
     assert len([name for name in names if re.fullmatch(r"fused_opt/_C\..*so", name)]) == 1
     # A folder fused_opt.libs would hold bundled libraries, a second libgomp among them.
-    ours = re.compile(r"fused_opt/((higher/)?\w+\.(py|pyi|typed)|_C\..*so)")
+    ours = re.compile(r"fused_opt/(((benchmarks|higher)/)?\w+\.(py|pyi|typed|cpp)|_C\..*so)")
     assert [name for name in names if not ours.fullmatch(name)] == []
 
 
