@@ -36,7 +36,7 @@ from .suite import Case, How, measure
 from .timing import Rounds
 
 FULL_ROUNDS = Rounds(least=11, most=101, seconds=3.0)
-QUICK_ROUNDS = Rounds(least=5, most=21, seconds=0.4)
+QUICK_ROUNDS = Rounds(least=5, most=51, seconds=0.4)
 
 
 class RunByDefault(TyperGroup):
