@@ -29,7 +29,8 @@ TORCH ?= 2.10.0 2.13.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cuda test-toolchains test-wheel sanitize coverage bench lint format gpu-check clean
+.PHONY: help demo test test-cuda test-toolchains test-upstream test-wheel sanitize coverage fuzz \
+	bench bench-record lint format gpu-check clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,8 +60,13 @@ sanitize: $(REQUIREMENTS_STAMP) ## Run the CPU path under ASan, UBSan and TSan o
 coverage: $(PACKAGE_STAMP) ## Count the lines that the tests run; fail below 95 %; HTML in build/coverage
 	@$(BIN)/python .ci/coverage $(COVERAGE_ARGS)
 
-bench: $(PACKAGE_STAMP) ## Measure against torch's own optimizers on this machine
+bench: $(PACKAGE_STAMP) ## Measure against other optimizers on this machine
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-record: $(PACKAGE_STAMP) ## Replace the measurements and plots of the README with this machine's
+	@$(BIN)/python -m benchmarks --out benchmarks/results $(BENCH_ARGS)
+	@$(BIN)/python -m benchmarks plot benchmarks/results --out docs
+	@$(BIN)/python -m benchmarks table benchmarks/results/cpu.csv
 
 lint: $(REQUIREMENTS_STAMP) ## Check formatting, style and types of every file that git tracks
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files

@@ -89,12 +89,18 @@ class Case:
 
     def needed_bytes(self, contestants: int) -> int:
         """Bytes that so many contestants take side by side."""
-        return self.grad_bytes + self.scratch_bytes + contestants * self.state_bytes
+        return self.grad_bytes + contestants * self.state_bytes
 
     def fits(self, contestants: int) -> bool:
-        """Tells whether so many contestants and the roof fit in memory side by side."""
+        """Tells whether so many contestants, what steps take besides, and the roof fit in memory.
+
+        A GPU that runs out of memory says so, and one contestant may try; on the CPU the kernel
+        would kill the process.
+        """
         free = free_bytes(self.device) - last_cache_bytes(self.device) - self.roof_bytes
-        return self.needed_bytes(contestants) < MEMORY_SHARE * free
+        tries = contestants == 1 and self.device.type == "cuda"
+        scratch = 0 if tries else self.scratch_bytes
+        return self.needed_bytes(contestants) + scratch < MEMORY_SHARE * free
 
 
 @dataclass(frozen=True)
@@ -195,10 +201,14 @@ def launches_of(step: Step, device: torch.device) -> int | None:
         with torch.profiler.profile(activities=activities) as profile:
             step.run()
             torch.cuda.synchronize()
-        events = [each for each in profile.events() if each.device_type.name == "CUDA"]
     except RuntimeError:
         return None
-    return len(events) or None
+    names = [
+        each.name
+        for each in profile.events()
+        if each.device_type.name == "CUDA" and not getattr(each, "is_user_annotation", False)
+    ]
+    return len(names) or None
 
 
 def build(case: Case, provider: Provider, grads: Gradients, launches: bool) -> Contestant:
@@ -288,19 +298,25 @@ class Measurement:
     def take(self, grads: Gradients) -> None:
         """Times all side by side; or one after the other where they are too large for that."""
         if self.case.fits(len(self.allowed)):
-            built = self.contestants(self.allowed, grads)
-            self.results = self.cold([*built, build_roof(self.case)], grads)
-            return self.take_hosts(built, grads)
+            with suppress(torch.OutOfMemoryError):
+                built = self.contestants(self.allowed, grads)
+                self.results = self.cold([*built, build_roof(self.case)], grads)
+                return self.take_hosts(built, grads)
         self.notes[""] = "timed one after the other, not interleaved: too large for the memory"
         for each in self.allowed:
-            built = self.contestants([each], grads)
-            with suppress(torch.OutOfMemoryError):
-                self.results += self.cold(built, grads)
-                self.take_hosts(built, grads)
-            del built
+            self.take_alone(each, grads)
             release_memory()
         self.results += self.cold([build_roof(self.case)], grads)
         return None
+
+    def take_alone(self, provider: Provider, grads: Gradients) -> None:
+        """Times one."""
+        try:
+            built = self.contestants([provider], grads)
+            self.results += self.cold(built, grads)
+            self.take_hosts(built, grads)
+        except torch.OutOfMemoryError:
+            self.notes[provider.name] = "out of memory"
 
     def take_hosts(self, contestants: list[Contestant], grads: Gradients) -> None:
         """Times how long a step on a GPU takes to return."""
@@ -335,7 +351,7 @@ def measure(case: Case, how: How, origin: dict[str, str], tell: Tell) -> list[Ro
     entrants = providers(place, how.against)
     measurement = Measurement(case, how, entrants, tell)
     if not case.fits(1):
-        measurement.skip(f"skipped, needs {case.needed_bytes(1) / 1e9:.1f} GB of free memory")
+        measurement.skip(f"skipped, needs more than {case.needed_bytes(1) / 1e9:.1f} GB of memory")
         return rows(case, origin, entrants, measurement)
     measurement.take(Gradients.of(case))
     if case.device.type == "cpu":

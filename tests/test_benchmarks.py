@@ -207,17 +207,24 @@ def test_the_fused_step_of_torch_is_refused_where_it_is_wrong(tmp_path):
     assert "191763" in next(row.note for row in rows if row.peer == "torch-fused")
 
 
-def test_what_does_not_fit_is_skipped_with_the_memory_that_it_needs(tmp_path):
+def test_what_does_not_fit_is_skipped_with_the_memory_that_it_needs(tmp_path, monkeypatch):
     arguments = ("--shapes", "llama-7b", "--ops", "sgd", "--repeat", "1", "--out", tmp_path)
-    suite_free = suite.free_bytes
-    suite.free_bytes = lambda _: 8 << 30
-    try:
-        result = invoke(*arguments, "--against", "torch-fused")
-    finally:
-        suite.free_bytes = suite_free
+    monkeypatch.setattr(suite, "free_bytes", lambda _: 8 << 30)
+    result = invoke(*arguments, "--against", "torch-fused")
     assert result.exit_code == 0, result.output
     rows = rows_module.load(tmp_path / "cpu.csv")
-    assert {row.note for row in rows} == {"skipped, needs 107.8 GB of free memory"}
+    assert {row.note for row in rows} == {"skipped, needs more than 80.9 GB of memory"}
+
+
+def test_who_runs_out_of_memory_is_listed_and_the_others_are_timed(tmp_path, monkeypatch):
+    def hungry(*_: object) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setitem(providers.PACKAGES, "torch-averaged-model", ("AveragedModel", hungry))
+    monkeypatch.setattr(suite.Case, "fits", lambda _, contestants: contestants == 1)
+    rows = {row.peer: row for row in run_tiny(tmp_path, "--ops", "ema", "--against", UNCOMPILED)}
+    assert rows["torch-averaged-model"].note == "out of memory"
+    assert rows["torch-foreach"].median_ms is not None
 
 
 def test_what_does_not_fit_side_by_side_is_timed_one_after_the_other(tmp_path, monkeypatch):
