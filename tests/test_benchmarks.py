@@ -7,9 +7,11 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -367,6 +369,56 @@ def test_without_a_compiler_the_roof_and_cold_caches_do_without(monkeypatch):
     native.walk.cache_clear()
     probe = roof.best_probe(ops.OPS["sgd"], torch.ones(1 << 10), 1, timing.wall_clock)
     assert probe.name == "roof: mul_"
+
+
+def test_a_gpu_is_held_until_the_step_is_queued_and_its_cache_is_written_over(monkeypatch):
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, **_: object) -> None: ...
+
+        def record(self) -> None:
+            calls.append("event")
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, _: Event) -> float:
+            return 2.0
+
+    held: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda n: (held.append(n), calls.append("hold")))
+    monkeypatch.setattr(timing, "last_cache_bytes", lambda _: 64)
+    flushed = torch.ones(128)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: flushed)
+
+    clock = timing.cold_cuda_clock(torch.device("cpu"))
+    calls.clear()
+
+    def run() -> None:
+        calls.append("run" if not flushed.any() else "run without a flush")
+        time.sleep(0.02)
+
+    assert clock(run) == 2e-3
+    assert calls == ["synchronize", "hold", "event", "run", "event"]
+    clock(run)  # its host time is known now: 20 ms at 5e9 cycles per second, and as much again
+    assert held[-1] >= 2 * 0.02 * 5e9
+    assert held[-1] > 3 * held[-2]
+
+
+def test_launches_are_what_a_step_puts_on_the_gpu(monkeypatch):
+    def event(kind: str, annotation: bool = False) -> SimpleNamespace:
+        kind_of = SimpleNamespace(name=kind)
+        return SimpleNamespace(name="", device_type=kind_of, is_user_annotation=annotation)
+
+    events = [event("CUDA"), event("CPU"), event("CUDA"), event("CUDA", annotation=True)]
+    profile = nullcontext(SimpleNamespace(events=lambda: events))
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    step = providers.Step(list, [], [], None)
+    assert suite.launches_of(step, torch.device("cuda")) == 2
+    assert suite.launches_of(step, torch.device("cpu")) is None
 
 
 def test_a_gpu_says_its_driver_clocks_and_power(monkeypatch):
