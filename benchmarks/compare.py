@@ -1,10 +1,11 @@
 """`python -m benchmarks compare A B`: whether fused_opt became slower from one run to the other.
 
 A shared machine is faster in one minute and slower in the next, and peers are not ours to mend. So
-a case counts as slower only where three views agree: its time, its time over that of the best peer
-measured in the same rounds, and its time over that of the roof. The view that says least decides.
-Noise is what the middle three fifths of the samples of both runs span to either side, and the 3 %
-by which identical functions differ when they are interleaved.
+a case counts as slower only where all views agree: its time, and its time over that of each peer
+and of the roof, measured in the same rounds. The view that says least decides; where the machine
+disturbs contestants unequally, they differ, and that is noise. So is what the middle three fifths
+of the samples of both runs span to either side, and the 3 % by which identical functions differ
+when they are interleaved.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from .report import by_case, fastest, ours_in, significant
+from .providers import OURS
+from .report import by_case, ours_in, significant
+from .roof import ROOF
 from .rows import Row
 
 IDENTICAL = 0.03  # by which identical functions differ, interleaved
@@ -135,16 +138,21 @@ def changes_of(measure: Measure, old: list[Row], new: list[Row]) -> Iterator[Cha
 def relative_views(
     measure: Measure, ours: Row, ours_now: Row, old: list[Row], new: list[Row]
 ) -> Iterator[float]:
-    """Yields the change relative to the best peer of the first run, and to the roof."""
+    """Yields the change relative to that of every peer, and of the roof."""
     before, after = measure.of(ours), measure.of(ours_now)
-    assert before
-    assert after
-    best = fastest(old, measure.median)
-    again = next((row for row in new if best and row.provider == best.provider), None)
-    if best and again and (theirs := measure.of(best)) and (theirs_now := measure.of(again)):
-        yield (after / theirs_now) / (before / theirs)
-    if measure is TIME and ours.roof_share and ours_now.roof_share:
-        yield ours.roof_share / ours_now.roof_share
+    now = {row.peer if row.peer == ROOF else row.provider: row for row in new}
+    for row in old:
+        other = now.get(row.peer if row.peer == ROOF else row.provider)
+        if row.peer == OURS or other is None or before is None or after is None:
+            continue
+        unit = bandwidth_time if row.peer == ROOF else measure.of
+        if (theirs := unit(row)) and (theirs_now := unit(other)):
+            yield (after / theirs_now) / (before / theirs)
+
+
+def bandwidth_time(roof: Row) -> float | None:
+    """The time of a byte; the probe that is the roof may be another in each run."""
+    return 1 / roof.gbps if roof.gbps else None
 
 
 def least(views: list[float]) -> float:
