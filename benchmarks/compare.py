@@ -2,10 +2,10 @@
 
 A shared machine is faster in one minute and slower in the next, and peers are not ours to mend. So
 a case counts as slower only where all views agree: its time, and its time over that of each peer
-and of the roof, measured in the same rounds. The view that says least decides; where the machine
-disturbs contestants unequally, they differ, and that is noise. So is what the middle three fifths
-of the samples of both runs span to either side, and the 3 % by which identical functions differ
-when they are interleaved.
+and of the roof, measured in the same rounds. The view that says least decides. It has to be beyond
+the noise: the 3 % by which identical functions differ when they are interleaved, what the middle
+three fifths of the samples of both runs span to either side, and how far the changes of the others
+lie apart, whose code is the same in both runs.
 """
 
 from __future__ import annotations
@@ -129,25 +129,24 @@ def changes_of(measure: Measure, old: list[Row], new: list[Row]) -> Iterator[Cha
     before, after = measure.of(ours[0]), measure.of(ours[1])
     if not before or not after:
         return
-    views = [after / before, *relative_views(measure, ours[0], ours[1], old, new)]
-    factor = least(views)
+    change, others = after / before, list(changes_of_others(measure, old, new))
+    factor = least([change, *(change / other for other in others)])
     noise = IDENTICAL + measure.noise(ours[0]) + measure.noise(ours[1])
+    if others:
+        noise += max(others) / min(others) - 1
     yield Change(ours[1], measure, before, after, factor, noise)
 
 
-def relative_views(
-    measure: Measure, ours: Row, ours_now: Row, old: list[Row], new: list[Row]
-) -> Iterator[float]:
-    """Yields the change relative to that of every peer, and of the roof."""
-    before, after = measure.of(ours), measure.of(ours_now)
+def changes_of_others(measure: Measure, old: list[Row], new: list[Row]) -> Iterator[float]:
+    """Yields the change of each peer that both runs have measured, and of the roof."""
     now = {row.peer if row.peer == ROOF else row.provider: row for row in new}
     for row in old:
         other = now.get(row.peer if row.peer == ROOF else row.provider)
-        if row.peer == OURS or other is None or before is None or after is None:
+        if row.peer == OURS or other is None:
             continue
-        unit = bandwidth_time if row.peer == ROOF else measure.of
-        if (theirs := unit(row)) and (theirs_now := unit(other)):
-            yield (after / theirs_now) / (before / theirs)
+        time = bandwidth_time if row.peer == ROOF and measure is TIME else measure.of
+        if (before := time(row)) and (after := time(other)):
+            yield after / before
 
 
 def bandwidth_time(roof: Row) -> float | None:
