@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .ops import OPS
@@ -92,8 +93,10 @@ def caption(rows: list[Row]) -> str:
     where = row.machine.replace("(R)", "").replace("(TM)", "")
     threads = f"{row.threads} thread{'s' * (row.threads > 1)}"
     isa = f"{row.cpu_isa}, {threads}" if row.device == "cpu" else f"driver {row.driver}"
-    commit = row.commit[:10] + (" with changes" if row.dirty == "true" else "")
-    return f"{where} ({isa}) · torch {row.torch} · fused_opt {row.fused_opt}, commit {commit}"
+    commits = ", ".join(dict.fromkeys(each.commit[:10] for each in rows))
+    changed = " with changes" if any(each.dirty == "true" for each in rows) else ""
+    version = f"torch {row.torch} · fused_opt {row.fused_opt}, commit {commits}{changed}"
+    return f"{where} ({isa}) · {version}"
 
 
 def colour(peer: str) -> str:
@@ -217,7 +220,7 @@ def ratios(rows: list[Row]) -> Figure | None:
     figure, axes = new_figure(
         rows,
         "How many times as fast as the best peer",
-        "Time of the fastest of the peers over that of fused_opt, fp32; 1 is as fast",
+        "Time of the fastest peer over that of fused_opt, fp32; 1 is as fast",
     )
     width, top = 0.26, max(max(ops.values()) for ops in models.values())
     for i, ops in enumerate(models.values()):
@@ -228,13 +231,14 @@ def ratios(rows: list[Row]) -> Figure | None:
     axes.axhline(1, color=INK, linewidth=1, zorder=3)
     axes.set_xticks(range(len(models)), models, color=INK)
     axes.tick_params(axis="x", length=0)
-    axes.set_ylim(0, top * 1.12)
+    axes.set_ylim(0, top * 1.18)
     axes.set_xlim(-0.6, len(models) - 0.4)
     axes.set_yticks([])  # the bars have their numbers
     axes.spines["left"].set_visible(False)
     shown = [op for op in OPS if any(op in ops for ops in models.values())]
-    for j, op in enumerate(reversed(shown)):
-        figure.text(0.97 - 0.155 * j, 0.88, f"■ {op}", color=OP_SHADES[op], ha="right", fontsize=10)
+    handles = [Patch(color=OP_SHADES[op], label=op) for op in shown]
+    place = {"loc": "upper right", "bbox_to_anchor": (0.985, 0.86), "ncols": len(shown)}
+    figure.legend(handles=handles, frameon=False, handlelength=0.9, fontsize=10, **place)
     return figure
 
 
