@@ -60,6 +60,9 @@ sanitize: $(REQUIREMENTS_STAMP) ## Run the CPU path under ASan, UBSan and TSan o
 coverage: $(PACKAGE_STAMP) ## Count the lines that the tests run; fail below 95 %; HTML in build/coverage
 	@$(BIN)/python .ci/coverage $(COVERAGE_ARGS)
 
+test-upstream: $(PACKAGE_STAMP) ## Run torch's own tests of SGD with ours in its place (TORCH_SRC: torch's sources)
+	@$(BIN)/python tests/upstream/run.py $(TORCH_SRC)
+
 bench: $(PACKAGE_STAMP) ## Measure against other optimizers on this machine
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 

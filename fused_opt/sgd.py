@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.optim.optimizer import _use_grad_for_differentiable
+from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 from fused_opt._averages import Averages
 from fused_opt._composite import sgd_formula
@@ -438,7 +438,7 @@ class SGD(torch.optim.SGD):
     @staticmethod
     def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
         """What torch wraps every ``step`` in; under ``torch.compile``, one clean graph break."""
-        wrapped: Callable[_P, _R] = torch.optim.SGD.profile_hook_step(func)
+        wrapped: Callable[_P, _R] = Optimizer.profile_hook_step(func)
         return _disable_dynamo(wrapped)
 
     @overload
