@@ -1,6 +1,8 @@
 // The module fused_opt._C: what Python sees of the native code. fused_opt/_plan.py is its caller.
+#include <cxxabi.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <optional>
@@ -40,6 +42,36 @@ TensorReader& reader() {
   static TensorReader* const instance = new TensorReader;  // never freed: it holds Python objects
   return *instance;
 }
+
+// Lets other threads run Python code. Up to Python 3.13, an interpreter that shuts down ends daemon
+// threads when they come back for the GIL, by unwinding their stack through whatever destructors
+// there are. Such a thread sleeps here instead, as from 3.14 on, until the process is gone.
+class ReleasedGil {
+ public:
+  ReleasedGil() : state_(PyEval_SaveThread()) {}
+  ReleasedGil(const ReleasedGil&) = delete;
+  ~ReleasedGil() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (abi::__forced_unwind&) {
+      while (true) pause();
+    }
+  }
+
+ private:
+  PyThreadState* const state_;
+};
+
+// Marks something as in use, as long as it lives.
+class InUse {
+ public:
+  explicit InUse(bool& mark) : mark_(mark) { mark_ = true; }
+  InUse(const InUse&) = delete;
+  ~InUse() { mark_ = false; }
+
+ private:
+  bool& mark_;
+};
 
 // Looks parameters up in a dict that is mostly in their order. Walking along costs 5 ns a tensor;
 // hashing one calls back into Python and costs 80.
@@ -134,7 +166,9 @@ class PyPlan {
   ~PyPlan() { clear(); }
 
   void clear() {
+    require_idle();
     plan_.clear();
+    runs_ = 0;
     seen_.rewind();
     state_walk_.rewind();
     shadow_walk_.rewind();
@@ -155,6 +189,7 @@ class PyPlan {
   // them while they do not require a gradient.
   void set_averages(const std::vector<double>& decays, int64_t steps, int64_t every, int64_t after,
                     const py::frozenset& frozen) {
+    require_idle();
     if (decays.empty() || decays.size() > size_t(kMaxAverages)) {
       throw py::value_error("expected 1 to " + std::to_string(kMaxAverages) + " averages, got " +
                             std::to_string(decays.size()));
@@ -195,6 +230,7 @@ class PyPlan {
   py::tuple add_param_group(const py::list& params, const py::dict& state,
                             const py::object& momentum_key, const py::object& refinement_key,
                             const py::object& shadows, uint32_t first_ordinal, const Group& group) {
+    require_idle();
     static PyObject* const grad_name = PyUnicode_InternFromString("grad");
     const bool has_momentum = !momentum_key.is_none(), has_refinement = !refinement_key.is_none();
     const bool has_shadows = !shadows.is_none();
@@ -239,6 +275,7 @@ class PyPlan {
                 const py::object& shadows, const py::object& refinements,
                 const std::optional<std::vector<uint32_t>>& ordinals, const Group& group,
                 bool copies) {
+    require_idle();
     PyObject* const lists[kStreams] = {params.ptr(), grads.ptr(), momentums.ptr(), shadows.ptr(),
                                        refinements.ptr()};
     std::vector<size_t> for_torch, scattered;
@@ -258,6 +295,7 @@ class PyPlan {
 
   // Adds gradients that are clipped by themselves. Returns the same indices as `add`.
   py::tuple add_grads(const py::list& grads, bool copies) {
+    require_idle();
     std::vector<size_t> for_torch, scattered;
     for (size_t i = 0; i < grads.size(); ++i) {
       PyObject* const grad = PyList_GET_ITEM(grads.ptr(), i);
@@ -294,6 +332,7 @@ class PyPlan {
   }
 
   void check() {
+    require_idle();
     explain([&] { plan_.check_overlap(); });
   }
 
@@ -324,16 +363,19 @@ class PyPlan {
   // Writes the norm of all gradients on a device, and the coefficient that clips them, to
   // `result`: the address of two doubles there, and on CUDA of one more for each chunk.
   void grad_norm(int device, int threads, const ClipHyper& hyper, uintptr_t result) {
+    require_idle();
     const TensorList grads = plan_.grads(device);
     double* const output = reinterpret_cast<double*>(result);
     if (device == kCpu) {
-      py::gil_scoped_release release;
+      const InUse running(is_running_);
+      const ReleasedGil released;
       cpu::grad_norm(grads, hyper, threads, output);
       return;
     }
 #if FUSED_OPT_WITH_CUDA
     void* stream = reader().current_stream(device);
-    py::gil_scoped_release release;
+    const InUse running(is_running_);
+    const ReleasedGil released;
     cuda::grad_norm(grads, hyper, device, stream, output);
 #else
     throw std::logic_error("fused_opt was built without CUDA kernels");
@@ -344,15 +386,18 @@ class PyPlan {
   // the address.
   void scale_grads(int device, int threads, double coefficient,
                    [[maybe_unused]] uintptr_t device_coefficient) {
+    require_idle();
     const TensorList grads = plan_.grads(device);
     if (device == kCpu) {
-      py::gil_scoped_release release;
+      const InUse running(is_running_);
+      const ReleasedGil released;
       cpu::scale_grads(grads, coefficient, threads);
       return;
     }
 #if FUSED_OPT_WITH_CUDA
     void* stream = reader().current_stream(device);
-    py::gil_scoped_release release;
+    const InUse running(is_running_);
+    const ReleasedGil released;
     cuda::scale_grads(grads, reinterpret_cast<const double*>(device_coefficient), device, stream);
 #else
     throw std::logic_error("fused_opt was built without CUDA kernels");
@@ -402,20 +447,28 @@ class PyPlan {
   HostJob host_job(int threads) { return {plan_.list(kCpu), threads}; }
 
   void run(int device, int threads, [[maybe_unused]] uintptr_t memory) {
+    require_idle();
     const TensorList& list = plan_.list(device);
     if (device == kCpu) {
-      py::gil_scoped_release release;
+      const InUse running(is_running_);
+      const ReleasedGil released;
       cpu::multi_tensor_apply(list, threads);
+      ++runs_;
       return;
     }
 #if FUSED_OPT_WITH_CUDA
     void* stream = reader().current_stream(device);
-    py::gil_scoped_release release;
+    const InUse running(is_running_);
+    const ReleasedGil released;
     cuda::multi_tensor_apply(list, device, stream, reinterpret_cast<void*>(memory));
+    ++runs_;
 #else
     throw std::logic_error("fused_opt was built without CUDA kernels");
 #endif
   }
+
+  // Whether all devices were run: Python may be interrupted before it can note that itself.
+  bool has_run() const { return runs_ > 0 && runs_ >= plan_.devices().size(); }
 
  private:
   // The state of a parameter, or null.
@@ -511,6 +564,13 @@ class PyPlan {
     return view.has_kernels && (view.dtype == DType::kBFloat16 || view.dtype == DType::kFloat16);
   }
 
+  // The tensors of a running step are not to be touched: memory would be lost under it.
+  void require_idle() const {
+    if (is_running_) {
+      throw std::runtime_error("expected one step at a time, and another thread is in this one");
+    }
+  }
+
   // Keeps an object alive until the step is over: others may run Python code in the meantime.
   void hold(PyObject* object) {
     Py_INCREF(object);
@@ -550,6 +610,8 @@ class PyPlan {
   std::vector<PyObject*> held_;    // references that the plan owns
   std::vector<PyObject*> params_;  // of every row
   std::vector<PyObject*> written_;
+  size_t runs_ = 0;             // since it was cleared
+  bool is_running_ = false;     // without the GIL
   size_t shadowed_ = 0;         // rows with a shadow that the kernels update
   PyObject* frozen_ = nullptr;  // a set that the plan holds; null for an empty one
 };
@@ -670,13 +732,13 @@ bool run_pass(int kind, const py::list& streams, const py::object& hyper_of, con
   }
   double* const results = reinterpret_cast<double*>(sums);
   if (pass.device() == kCpu) {
-    py::gil_scoped_release release;
+    const ReleasedGil released;
     cpu::run_pass(list, threads, results);
     return true;
   }
 #if FUSED_OPT_WITH_CUDA
   void* stream = reader().current_stream(pass.device());
-  py::gil_scoped_release release;
+  const ReleasedGil released;
   cuda::run_pass(list, pass.device(), stream, results);
   return true;
 #else
@@ -749,7 +811,7 @@ PYBIND11_MODULE(_C, module) {
 
   py::class_<HostJob>(module, "HostJob", py::module_local())
       .def("add_copy", &HostJob::add_copy)
-      .def("run", &HostJob::run, py::call_guard<py::gil_scoped_release>())
+      .def("run", &HostJob::run, py::call_guard<ReleasedGil>())
       .def("enqueue", &HostJob::enqueue);
 
   py::class_<PyPlan>(module, "Plan", py::module_local())
@@ -775,5 +837,6 @@ PYBIND11_MODULE(_C, module) {
       .def("set_gate", &PyPlan::set_gate)
       .def("memory_bytes", &PyPlan::memory_bytes)
       .def("host_job", &PyPlan::host_job)
-      .def("run", &PyPlan::run);
+      .def("run", &PyPlan::run)
+      .def("has_run", &PyPlan::has_run);
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -49,12 +52,11 @@ class Counter:
         else:
             self._counting.fill_(value - self._host)
 
-    def add(self) -> None:
-        """Counts a step that the host knows to be taken."""
+    def next(self) -> Callable[[], object]:
+        """What counts a step that the host knows to be taken: once, however often it is called."""
         if self._counting is None:
-            self._host += 1
-        else:
-            self._counting.add_(1)
+            return partial(setattr, self, "_host", self._host + 1)
+        return partial(self._counting.copy_, self._counting + 1)
 
     def move_to(self, home: torch.device | None) -> None:
         """Takes back what another device has counted, where steps are now counted on this one.

@@ -8,6 +8,7 @@ host waits where shadows are read.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,8 @@ class Offload:
         self._memory: dict[Hashable, Tensor] = {}  # what is copied into, by what is copied
         self._shadows: list[Tensor] = []  # of the last job
         # A job knows addresses alone: their memory stays until it is done.
-        weakref.finalize(self, _release, self._streams, self._memory, self._shadows)
+        owner = os.getpid()
+        weakref.finalize(self, _release, owner, self._streams, self._memory, self._shadows)
 
     def wait(self) -> None:
         """Waits until all shadows are what the steps so far have made of them."""
@@ -193,7 +195,13 @@ class Offload:
         for copy, staged in made:
             job.add_copy(copy.data_ptr(), staged.data_ptr(), copy.nbytes)
 
+        begun = False
+
         def begin() -> None:
+            nonlocal begun
+            if begun:
+                return
+            begun = True
             shadows = [s for shadow in averages.shadows.values() for s in all_shadows(shadow)]
             self._shadows[:] = [*shadows, *(copy for copy, _ in made)]
             increment_version(self._shadows)
@@ -276,6 +284,7 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _release(streams: SideStreams, *_used: Any) -> None:
+def _release(owner: int, streams: SideStreams, *_used: Any) -> None:
     """Lets nothing go that a job may still use."""
-    streams.wait()
+    if os.getpid() == owner:  # a fork has no jobs, and its copies of the streams are of no use
+        streams.wait()

@@ -267,14 +267,18 @@ class Plan:
             self._add(some, None, first=False)
 
     def run_ema(
-        self, averages: Averages, subject: Callable[[str, Tensor], str], gate: Gate | None = None
+        self,
+        averages: Averages,
+        subject: Callable[[str, Tensor], str],
+        gate: Gate | None = None,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         """A whole step that updates averages alone."""
         self.clear(subject)
         try:
             self.set_averages(averages)
             self.add_remaining_ema()
-            self.run(gate=gate)
+            self.run(gate=gate, settle=settle)
         finally:
             self.clear(subject)
 
@@ -371,16 +375,38 @@ class Plan:
         """Whether some of the step is run by torch, which no device can skip."""
         return bool(self._for_torch)
 
-    def run(self, clip: Clip | None = None, gate: Gate | None = None) -> None:
+    def run(
+        self,
+        clip: Clip | None = None,
+        gate: Gate | None = None,
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
         """Updates everything, with clipped gradients if asked; raises as :meth:`check` does.
 
         With a ``found_inf`` in the gate there must be no rows for torch.
+
+        Args:
+            clip: what the gradients are multiplied by.
+            gate: what decides on a device.
+            settle: does the rest of the step, and may be called twice. Ctrl-C may raise between any
+                two lines; where the tensors are updated by then, the rest is done nevertheless.
         """
         self.check()
         increment_version(self._native.written())
         for step in self._for_torch:
             step(None if clip is None else clip.coefficient)
         self._fill_copies()
+        try:
+            self._launch_all(clip, gate)
+            self._write_copies()
+            settle()
+        except BaseException:
+            if self._native.has_run():
+                self._write_copies()
+                settle()
+            raise
+
+    def _launch_all(self, clip: Clip | None, gate: Gate | None) -> None:
         devices = self._native.devices()
         counts = (self._rounding_steps, self._averages.on_device if self._averages else None)
         by_memory = any(each is not None for each in (clip, gate, *counts))
@@ -389,7 +415,6 @@ class Plan:
                 launch(device, self._native.run, 0)
         else:
             self._run_by_scalars(devices, clip, gate, counts)
-        self._write_copies()
 
     def host_job(self, found_inf: Tensor | None) -> Any:
         """What :meth:`run` would do on the CPU, as a native job that is run later.

@@ -155,9 +155,9 @@ class Shadows:
     @property
     def home(self) -> torch.device:
         """The device of the first parameter, where steps are counted if the host does not."""
-        holder, key = next(iter(self.names.params.values()))
-        device: torch.device = holder[key].device
-        return device
+        held = (holder.get(key) for holder, key in self.names.params.values())
+        first = next((tensor for tensor in held if tensor is not None), None)
+        return torch.device("cpu") if first is None else first.device  # the model has lost all
 
     @property
     def tensors(self) -> list[Tensor]:

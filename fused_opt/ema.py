@@ -316,20 +316,25 @@ class EMA:
             )
         gate = self._gate()
         averages = self._averages(left_to_device=gate is not None)
-        if averages is not None:
-            self._run(averages, gate, self._subject)
-        if gate is None:
-            self._updates.add()
+        self._run(averages, gate, self._subject)
 
     def _run(
-        self, averages: Averages, gate: Gate | None, subject: Callable[[str, Tensor], str]
+        self, averages: Averages | None, gate: Gate | None, subject: Callable[[str, Tensor], str]
     ) -> None:
-        """Updates all that is kept, apart from an optimizer's pass."""
-        finish = self._planned_besides(averages, gate, subject)
+        """Updates all that is kept, if it is due, and counts the step, apart from an optimizer."""
+        rest = [] if averages is None else [self._planned_besides(averages, gate, subject)]
+        if gate is None:
+            rest.append(self._updates.next())
+
+        def settle() -> None:
+            for part in rest:
+                part()
+
         in_pass = self._in_pass(averages)
         if in_pass is not None:
-            self._plan.run_ema(in_pass, subject, gate)
-        finish()
+            self._plan.run_ema(in_pass, subject, gate, settle)
+        else:
+            settle()
 
     def _in_pass(self, averages: Averages | None) -> Averages | None:
         """What of an update is done where the parameters are, in the pass of the step."""
@@ -342,11 +347,14 @@ class EMA:
         subject: Callable[[str, Tensor], str],
         refinements: Callable[[], Refinement | None] = lambda: None,
         stochastic: bool = False,
-    ) -> Callable[[], None]:
-        """Plans the rest of an update, and returns what does it, to be called after the pass."""
+    ) -> Callable[[], object]:
+        """Plans the rest of an update, and returns what does it, to be called after the pass.
+
+        Called again, it changes nothing more.
+        """
         if self._kept.is_offloaded:
             return self._kept.planned_on_host(averages, gate, subject, refinements(), stochastic)
-        return partial(self._copy_buffers, gate)
+        return partial(self._kept.copy_exactly, self._copies_where(gate))
 
     def _averages(self, left_to_device: bool) -> Averages | None:
         """What the next step does to the shadows; None if the host knows that it is not due.
@@ -389,19 +397,18 @@ class EMA:
         steps, on_gpu = self._updates.on_host, self._updates.on(home)
         return averages._replace(steps=steps, on_device=on_gpu, every=every, after=after)
 
-    def _copy_buffers(self, gate: Gate | None) -> None:
-        """Copies what is not averaged, in a step that is due as far as the host knows.
+    def _copies_where(self, gate: Gate | None) -> Tensor | None:
+        """Whether to copy what is not averaged, in a step that is due as far as the host knows.
 
-        With a gate, the GPU has already counted the step if it has taken it.
+        To be asked before the step is counted. None is yes, and otherwise the device knows.
         """
         where = None
         if gate is not None and gate.found_inf is not None:
             where = gate.found_inf == 0
         if self._gpu_counts and self._updates.on_gpu is not None and self._update_every > 1:
-            steps = self._updates.on_gpu + (self._updates.on_host - (gate is not None))
-            is_due = steps % self._update_every == 0
+            is_due = (self._updates.on_gpu + self._updates.on_host) % self._update_every == 0
             where = is_due if where is None else where.to(is_due.device) & is_due
-        self._kept.copy_exactly(where)
+        return where
 
     def _gate(self) -> Gate | None:
         """Counts a captured update where it is replayed."""

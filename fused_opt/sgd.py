@@ -278,6 +278,7 @@ class SGD(torch.optim.SGD):
         than the group's ``state_dtype`` asks for at once.
         """
         loaded: dict[str, Any] = {}
+        before = dict(self.__dict__)
 
         # Between the user's hooks, which change what is loaded, and what they find loaded.
         def complete(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -285,8 +286,12 @@ class SGD(torch.optim.SGD):
             return loaded
 
         def restore(_: Any) -> None:
-            self._restore_dtypes(loaded)
-            self._prepare_capture()
+            try:
+                self._restore_dtypes(loaded)
+                self._prepare_capture()
+            except BaseException:  # such as no memory; what was there is as it was
+                self.__dict__.update(before)
+                raise
 
         last_before = self.register_load_state_dict_pre_hook(complete)
         first_after = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -345,7 +350,7 @@ class SGD(torch.optim.SGD):
             group["rounding_steps"] = self._shifted(group["rounding_steps"], -1)
             try:
                 self._prepare_capture()
-            except ValueError:
+            except BaseException:  # such as no memory
                 del self.param_groups[-1]
                 raise
 
@@ -513,8 +518,6 @@ class SGD(torch.optim.SGD):
         self._clip = clip
         if skipped:
             self._reset_grads()
-        else:
-            self._keep_state(started)
 
     def _is_left_to_device(self, found_inf: float | Tensor) -> bool:
         """Whether a device shall see for itself if a step is skipped."""
@@ -617,28 +620,35 @@ class SGD(torch.optim.SGD):
         averages: Averages | None,
         started: list[tuple[Rows, SgdHyper]],
     ) -> None:
-        """Runs the plan, and counts the step: on the device if only that knows how often."""
+        """Runs the plan, keeps new state, and counts the step: on the device if only that can."""
         rounding = any(group["stochastic_rounding"] for group in self.param_groups)
         counters = [] if self._ema is None else [self._ema._updates]
         counters += [self._rounding_steps] if rounding else []
         gate = self._gate(found_inf, counters) if found_inf is not None or counters else None
-        finish = None
+        rest: list[Callable[[], object]] = [partial(self._keep_state, started)]
         if self._ema is not None and averages is not None:
-            finish = self._ema._planned_besides(
-                averages, gate, self._subject, partial(self._refinements, started), rounding
+            rest.append(
+                self._ema._planned_besides(
+                    averages, gate, self._subject, partial(self._refinements, started), rounding
+                )
             )
-        self._plan.run(clip, gate)
-        if finish is not None:
-            finish()
-        if gate is not None:
-            return
-        if self._ema is not None:
-            self._ema._updates.add()
-        if rounding and self._rounding_steps.counts_on is not None:
-            self._rounding_steps.add()
-        elif rounding:  # in all groups, as a device does that counts: one may begin to round later
-            for group in self.param_groups:
-                group["rounding_steps"] += 1
+        if gate is None and self._ema is not None:
+            rest.append(self._ema._updates.next())
+        if gate is None and rounding and self._rounding_steps.counts_on is not None:
+            rest.append(self._rounding_steps.next())
+        elif (
+            gate is None and rounding
+        ):  # in all groups, as a device that counts: one may begin later
+            rest += [
+                partial(group.__setitem__, "rounding_steps", group["rounding_steps"] + 1)
+                for group in self.param_groups
+            ]
+
+        def settle() -> None:
+            for part in rest:
+                part()
+
+        self._plan.run(clip, gate, settle)
 
     def _refinements(self, started: list[tuple[Rows, SgdHyper]]) -> Refinement | None:
         """What gives the refinement of a parameter, those that this step makes among them."""
@@ -763,9 +773,7 @@ class SGD(torch.optim.SGD):
                     self._states.keep_momentum(param, new_momentum, hyper)
         if self._ema is not None:
             with torch.no_grad():
-                if averages is not None:
-                    self._ema._run(averages, None, self._subject)
-            self._ema._updates.add()
+                self._ema._run(averages, None, self._subject)
 
     def _subject(self, stream: str, param: Tensor) -> str:
         """Names a tensor at fault by its parameter's place in ``param_groups``."""

@@ -891,22 +891,24 @@ def test_a_function_is_refused_by_name_where_a_gpu_counts_and_nothing_changes(co
 @pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
 @pytest.mark.parametrize("steps", range(4))
 def test_buffers_are_copied_where_the_gpu_says_so(counting, found_inf, steps):
-    """After the kernels have counted the step, unless it is skipped."""
+    """It is asked before the kernels count the step, and the copies are made after them."""
     model = nn.BatchNorm1d(2)
     ema = EMA(model, schedules.equal(), update_every=3)
     ema.update()
     on_gpu = counting(ema, steps)
-    ema._averages(left_to_device=True)
+    averages = ema._averages(left_to_device=True)
     model.num_batches_tracked.fill_(7)
     taken = found_inf != 1.0
-    on_gpu += taken
     flag = None if found_inf is None else torch.tensor(found_inf)
-    ema._copy_buffers(Gate(flag, [on_gpu], torch.device("cpu")))
+    gate = Gate(flag, [on_gpu], torch.device("cpu"))
+    copy_buffers = ema._planned_besides(averages, gate, ema._subject)
+    on_gpu += taken
+    copy_buffers()
     copied = ema.state_dict()["buffers"]["num_batches_tracked"].item() == 7
     assert copied == (taken and (1 + steps) % 3 == 0)  # one step was the host's
     if found_inf is None:  # a step that the host counts, after the GPU has counted others
         model.num_batches_tracked.fill_(9)
-        ema._copy_buffers(None)
+        ema._planned_besides(averages, None, ema._subject)()
         copied = ema.state_dict()["buffers"]["num_batches_tracked"].item() == 9
         assert copied == ((1 + steps + 1) % 3 == 0)
 

@@ -1,10 +1,13 @@
 #include "multi_tensor_apply.h"
 
 #include <omp.h>
+#include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 
 #include "../rules/norm.h"
 #include "../rules/sums.h"
@@ -47,6 +50,20 @@ constexpr int64_t kElementsPerThread = 32768;
 // What starting a row costs, in elements.
 constexpr int64_t kRowCost = 512;
 
+// Whether this process is a fork of another.
+std::atomic<bool> is_forked{false};
+[[maybe_unused]] const int at_fork =
+    pthread_atfork(nullptr, nullptr, [] { is_forked.store(true, std::memory_order_relaxed); });
+
+// Runs what has a team of threads. libgomp keeps a team for each thread that has had one, and waits
+// for it at the next: in a fork, where only the thread that forked goes on, for ever. A new thread
+// gets a new team.
+template <typename Call>
+void run_team(const Call& call) {
+  if (!is_forked.load(std::memory_order_relaxed)) return call();
+  std::thread(call).join();
+}
+
 // Where one thread's share ends and the next begins.
 struct Position {
   size_t row;
@@ -71,12 +88,14 @@ class Shares {
     const int64_t cost = cost_before_.back();
     threads = int(std::min<int64_t>(threads, cost / kElementsPerThread + 1));
     if (threads <= 1) return run({0, 0}, {rows_.size(), 0});
+    run_team([&] {
 #pragma omp parallel num_threads(threads)
-    {
-      const int thread = omp_get_thread_num();
-      const int team = omp_get_num_threads();  // may be fewer than asked for
-      run(position_of(cost * thread / team), position_of(cost * (thread + 1) / team));
-    }
+      {
+        const int thread = omp_get_thread_num();
+        const int team = omp_get_num_threads();  // may be fewer than asked for
+        run(position_of(cost * thread / team), position_of(cost * (thread + 1) / team));
+      }
+    });
   }
 
  private:
