@@ -421,13 +421,13 @@ class SGD(torch.optim.SGD):
                 raise TypeError(
                     "ema: expected a fused_opt.EMA or TargetNetwork, got " + type(ema).__name__
                 )
+            home = self._home()
+            if home is not None and self._is_capturable():
+                ema._updates.on(home)  # which may find no memory, and leaves the EMA free then
             ema._attach(self)
         if self._ema is not None and self._ema is not ema:
             self._ema._detach()
         self._ema = ema
-        home = self._home()
-        if ema is not None and home is not None and self._is_capturable():
-            ema._updates.on(home)
 
     @property
     def grad_norm(self) -> Tensor | None:

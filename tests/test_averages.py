@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,8 +100,8 @@ class Several(EMA):
     def _detach(self) -> None: ...
     def _require_not_applied(self, what: str) -> None: ...
 
-    def _copy_buffers(self, gate: Gate | None) -> None:
-        self.buffers_copied.append(gate)
+    def _planned_besides(self, averages: Averages, gate: Gate | None, *_: Any) -> Any:
+        return partial(self.buffers_copied.append, gate)
 
     def _averages(self, left_to_device: bool) -> Averages | None:
         steps = self._updates.on_host
@@ -117,7 +118,7 @@ class Several(EMA):
         averages = self._averages(left_to_device=False)
         if averages is not None:
             run(averages)
-        self._updates.add()
+        self._updates.next()()
 
     @property
     def steps(self) -> int:

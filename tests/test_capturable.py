@@ -325,12 +325,12 @@ def test_once_a_device_counts_the_host_keeps_its_part(device):
     """Which captured graphs have as a number."""
     counter = Counter("a counter", 3)
     counter.on(device)  # made, and not used yet
-    counter.add()
+    counter.next()()
     counter.set(5)
     count = counter.counted_on(device)
     assert (int(count), int(counter)) == (0, 5)
     count += 2  # as replays do
-    counter.add()
+    counter.next()()
     assert (int(count), int(counter)) == (3, 8)
     for value in (100, 0):
         counter.set(value)
@@ -342,7 +342,7 @@ def test_a_count_follows_to_another_home():
     home, other = (torch.device(name) for name in ("cpu", "meta"))
     counter = Counter("a counter", 3)
     counter.counted_on(home)
-    counter.add()
+    counter.next()()
     counter.move_to(home)
     assert counter.counts_on == home
     counter.move_to(other)
