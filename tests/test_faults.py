@@ -4,8 +4,6 @@ import collections
 import copy
 import gc
 import os
-import random
-import signal
 import subprocess
 import sys
 import textwrap
