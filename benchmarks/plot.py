@@ -70,6 +70,9 @@ def draw(rows: list[Row], folder: Path, stem: str) -> list[Path]:
                 path = folder / f"{stem}-{name}.{kind}"
                 metadata = {"Date": None} if kind == "svg" else None
                 figure.savefig(path, dpi=DPI, metadata=metadata, facecolor="white")
+                if kind == "svg":  # matplotlib ends lines with blanks
+                    lines = path.read_text().splitlines()
+                    path.write_text("".join(f"{line.rstrip()}\n" for line in lines))
                 files.append(path)
     return files
 
