@@ -146,6 +146,7 @@ def train(folder, steps):
         opt.load_state_dict(saved["opt"])
         ema.load_state_dict(saved["ema"])
         first = saved["step"]
+    begin = time.monotonic()
     for step in range(first, steps):
         opt.zero_grad()
         hidden = model[1](model[0](data[step % 50])).to(torch.bfloat16)
@@ -157,6 +158,7 @@ def train(folder, steps):
             os.replace(theirs, mine)
     state = {"model": model.state_dict(), "opt": opt.state_dict(), "ema": ema.state_dict()}
     torch.save(state, os.path.join(folder, "end.pt"))
+    return time.monotonic() - begin
 
 def killed(folder, steps, seconds):
     # Whether the kill came before the end; a fork, since importing torch takes longer than this.
@@ -170,9 +172,7 @@ def killed(folder, steps, seconds):
 
 torch.set_num_threads(1)
 whole, cut, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
-begin = time.monotonic()
-train(whole, steps)
-seconds = time.monotonic() - begin
+seconds = train(whole, steps)
 random.seed(7)
 print(sum(killed(cut, steps, random.uniform(0, seconds / 3)) for _ in range(9)))
 print(torch.load(os.path.join(cut, "last.pt"))["step"])
