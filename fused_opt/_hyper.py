@@ -35,6 +35,13 @@ OWN_OPTIONS = {
 }
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+#: The dtypes of what is kept there.
+REFINEMENT_DTYPES = {
+    "master": (torch.float32,),
+    "residual": (torch.int16,),
+    "compensation": HALF_DTYPES,
+}
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

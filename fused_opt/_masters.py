@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_opt._hyper import HALF_DTYPES
+
 
 def exact_value(param: Tensor, refinement: Tensor) -> Tensor:
     """Returns the float32 value that the two stand for; the master itself where it is whole."""
@@ -40,6 +42,13 @@ def store_(exact: Tensor, param: Tensor, refinement: Tensor) -> None:
         refinement.copy_(bits.to(torch.int16))
     else:
         refinement.copy_(bits.view(torch.float32))
+
+
+def fits(param: Tensor, refinement: Tensor) -> bool:
+    """Whether it can refine the parameter, which may have been converted since it was made."""
+    if refinement.dtype == torch.int16:
+        return param.dtype == torch.bfloat16
+    return param.dtype in HALF_DTYPES and refinement.dtype in (torch.float32, param.dtype)
 
 
 def check_refinable(param: Tensor, master_weights: str) -> None:

@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from fused_opt._hyper import HALF_DTYPES, REFINEMENT_KEY, STATE_KEY, SgdHyper, as_scalar
-from fused_opt._masters import check_refinable, converted_refinement, new_refinement
+from fused_opt._masters import (
+    check_refinable,
+    converted_refinement,
+    fits,
+    new_refinement,
+    store_,
+)
 
 _T = TypeVar("_T")
 _OTHER = {"torch": "sutskever", "sutskever": "torch"}
@@ -63,6 +69,17 @@ class ParamStates:
         """What refines the parameter, of any mode."""
         state: dict[str, Tensor] = self._state.get(param, {})
         return next((state[key] for key in REFINEMENT_KEY.values() if key in state), None)
+
+    def sync_refinement(self, param: Tensor) -> None:
+        """Has the refinement say that the parameter is exact; drops one that does not fit it."""
+        refinement = self.refinement(param)
+        if refinement is None:
+            return
+        if fits(param, refinement):
+            store_(param.detach().float(), param.detach().clone(), refinement)
+            return
+        for key in REFINEMENT_KEY.values():
+            self._state[param].pop(key, None)
 
     def check_refinable(self, param: Tensor, master_weights: str) -> None:
         """Raises ValueError for a parameter that the mode cannot refine."""

@@ -15,6 +15,7 @@ from fused_opt._composite import sgd_formula
 from fused_opt._counter import Counter, is_capturing
 from fused_opt._hyper import (
     OWN_OPTIONS,
+    REFINEMENT_DTYPES,
     REFINEMENT_KEY,
     STATE_KEY,
     ClipHyper,
@@ -24,7 +25,6 @@ from fused_opt._hyper import (
     check_options,
     common_max_grad_norm,
 )
-from fused_opt._masters import store_
 from fused_opt._plan import Clip, Gate, Plan, Refinement, Rows, new_momentum
 from fused_opt._rounding import group_roundings, shadow_roundings
 from fused_opt._state import ParamStates
@@ -275,7 +275,9 @@ class SGD(torch.optim.SGD):
         A group's options are replaced by the checkpoint's, the formulation like the learning rate;
         those that it lacks, as torch's checkpoints lack ours, stay as they are. Momentum of another
         formulation than the group's is converted at the next step, and momentum of another dtype
-        than the group's ``state_dtype`` asks for at once.
+        than the group's ``state_dtype`` asks for at once. Masters and residuals that
+        ``torch.optim.SGD`` has rounded to the parameter's dtype are left out: the parameters that
+        it has trained are exact as they are.
         """
         loaded: dict[str, Any] = {}
         before = dict(self.__dict__)
@@ -330,8 +332,12 @@ class SGD(torch.optim.SGD):
                         continue
                     if key in STATE_KEY.values():
                         self.state[param][key] = value.to(param.device, hyper.momentum_dtype(param))
-                    elif key in REFINEMENT_KEY.values():
+                    elif key not in REFINEMENT_KEY.values():
+                        continue
+                    elif value.dtype in REFINEMENT_DTYPES[key]:
                         self.state[param][key] = value.to(param.device)
+                    else:  # torch.optim.SGD has rounded it, and its steps have left it behind
+                        del self.state[param][key]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group, as in torch; it may name its own ``formulation`` and so on.
@@ -554,6 +560,7 @@ class SGD(torch.optim.SGD):
     def _skip(self, grad_scale: float | Tensor) -> None:
         """What is left of a step that the host knows to be skipped."""
         max_norm = self._max_grad_norm()
+        self._clip = None
         if max_norm is not None:
             params = [param for group in self.param_groups for param in group["params"]]
             self._plan.clear(self._subject)
@@ -742,12 +749,11 @@ class SGD(torch.optim.SGD):
 
         With ``master_weights`` the next step starts from the master, and without this call it
         would undo whatever else has written to the parameters: a copied checkpoint, a pruning mask.
+        What refines a parameter of another dtype than it has now is dropped.
         """
         for group in self.param_groups:
             for param in group["params"]:
-                refinement = self._states.refinement(param)
-                if refinement is not None:
-                    store_(param.detach().float(), param.detach().clone(), refinement)
+                self._states.sync_refinement(param)
 
     def _differentiable_step(
         self, found_inf: float | Tensor | None, grad_scale: float | Tensor
