@@ -2,7 +2,7 @@
 # compiled module are brought up to date first, through two stamp files in .venv.
 #
 #   make demo DEMO_ARGS="--epochs 5"     make test PYTEST_ARGS="-k ema"     make bench BENCH_ARGS="--help"
-#   make test-wheel TORCH=2.11.0
+#   make test-wheel TORCH=2.11.0         make fuzz MINUTES=30
 
 PYTHON ?= python3
 # What the caller names, and nothing where the line above decides.
@@ -24,6 +24,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SANITIZE_ARGS ?=
 COVERAGE_ARGS ?=
+MINUTES ?= 5
+FUZZ_ARGS ?=
 # The torch releases that one wheel is tested with: the oldest that it accepts, and the pinned one.
 TORCH ?= 2.10.0 2.13.0
 
@@ -40,6 +42,11 @@ demo: $(PACKAGE_STAMP) ## Train on handwritten digits with torch.optim.SGD and w
 
 test: $(PACKAGE_STAMP) ## Run every test, doctests included; CUDA tests are skipped where there is no GPU
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# atheris has no wheel for every Python; without it the inputs of the targets are random.
+fuzz: $(PACKAGE_STAMP) ## Interleave what training does, and load and call damaged things, for MINUTES=5
+	@$(PIP_INSTALL) --requirement tests/fuzz/requirements.txt || true
+	@PYTHONPATH=.:tests $(BIN)/python -W ignore -m fuzz --minutes $(MINUTES) $(FUZZ_ARGS)
 
 test-cuda: $(PACKAGE_STAMP) ## Run the CUDA tests; fail where there is no GPU
 	@FUSED_OPT_REQUIRE_GPU=1 $(BIN)/python -m pytest -m cuda $(PYTEST_ARGS)

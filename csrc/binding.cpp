@@ -99,6 +99,20 @@ class DictWalk {
   Py_ssize_t position_ = 0;
 };
 
+// A list, or None where a stream is absent.
+void require_list(PyObject* object) {
+  if (object == Py_None || PyList_Check(object)) return;
+  throw py::type_error(std::string("expected a list or None, got ") + Py_TYPE(object)->tp_name);
+}
+
+// An entry of such a list as a borrowed reference. Asked each time: what runs in between may be
+// Python code of the user's, which may shorten the list.
+PyObject* entry_at(PyObject* list, size_t i) {
+  if (list == Py_None) return Py_None;
+  if (i >= size_t(PyList_GET_SIZE(list))) throw py::value_error("expected lists of one length");
+  return PyList_GET_ITEM(list, i);
+}
+
 // Rows of tensors as Python lists, for the few that Python has to look at.
 struct Rows {
   py::list ordinals;
@@ -175,6 +189,7 @@ class PyPlan {
     params_.clear();
     written_.clear();
     shadowed_ = 0;
+    has_lone_grads_ = false;
     frozen_ = nullptr;
     // Dropping the last reference to an object may run Python code: the plan is empty by then.
     std::vector<PyObject*> released;
@@ -194,6 +209,7 @@ class PyPlan {
       throw py::value_error("expected 1 to " + std::to_string(kMaxAverages) + " averages, got " +
                             std::to_string(decays.size()));
     }
+    if (!params_.empty()) throw std::logic_error("expected averages before rows are added");
     if (every < 1 || after < 0) {
       throw py::value_error("expected averages of every 1 or more steps, after 0 or more, got " +
                             std::to_string(every) + " and " + std::to_string(after));
@@ -234,6 +250,9 @@ class PyPlan {
     static PyObject* const grad_name = PyUnicode_InternFromString("grad");
     const bool has_momentum = !momentum_key.is_none(), has_refinement = !refinement_key.is_none();
     const bool has_shadows = !shadows.is_none();
+    if (has_shadows && !PyDict_Check(shadows.ptr())) {
+      throw py::type_error("expected the shadows as a dict");
+    }
     Rows fresh, refused;
     fresh.has[kMomentum] = refused.has[kMomentum] = has_momentum;
     fresh.has[kShadow] = refused.has[kShadow] = has_shadows;
@@ -278,13 +297,12 @@ class PyPlan {
     require_idle();
     PyObject* const lists[kStreams] = {params.ptr(), grads.ptr(), momentums.ptr(), shadows.ptr(),
                                        refinements.ptr()};
+    for (PyObject* const list : lists) require_list(list);
     std::vector<size_t> for_torch, scattered;
     const uint16_t index = plan_.add_group(group);
     for (size_t i = 0; i < params.size(); ++i) {
       PyObject* tensors[kStreams];
-      for (int s = 0; s < kStreams; ++s) {
-        tensors[s] = lists[s] == Py_None ? Py_None : PyList_GET_ITEM(lists[s], i);
-      }
+      for (int s = 0; s < kStreams; ++s) tensors[s] = entry_at(lists[s], i);
       const uint32_t ordinal = ordinals ? ordinals->at(i) : 0;
       const Outcome outcome = add_row(tensors, index, ordinal, group.reset_grads, copies);
       if (outcome == Outcome::kForTorch) for_torch.push_back(i);
@@ -296,6 +314,7 @@ class PyPlan {
   // Adds gradients that are clipped by themselves. Returns the same indices as `add`.
   py::tuple add_grads(const py::list& grads, bool copies) {
     require_idle();
+    has_lone_grads_ = true;
     std::vector<size_t> for_torch, scattered;
     for (size_t i = 0; i < grads.size(); ++i) {
       PyObject* const grad = PyList_GET_ITEM(grads.ptr(), i);
@@ -407,6 +426,7 @@ class PyPlan {
   // Before a device is run: the address of a number on it, for the groups that were made with these
   // `tensors`, or for all with -1.
   void set_scalar(int tensors, int which, uintptr_t address, bool is_double) {
+    if (which < 0 || which >= kScalars) throw py::value_error("expected the number of a scalar");
     plan_.set_scalar(tensors, Scalar(which), {reinterpret_cast<const void*>(address), is_double});
   }
 
@@ -444,10 +464,14 @@ class PyPlan {
   }
 
   // What `run` would do on the CPU, to be done later.
-  HostJob host_job(int threads) { return {plan_.list(kCpu), threads}; }
+  HostJob host_job(int threads) {
+    require_steps();
+    return {plan_.list(kCpu), threads};
+  }
 
   void run(int device, int threads, [[maybe_unused]] uintptr_t memory) {
     require_idle();
+    require_steps();
     const TensorList& list = plan_.list(device);
     if (device == kCpu) {
       const InUse running(is_running_);
@@ -471,6 +495,11 @@ class PyPlan {
   bool has_run() const { return runs_ > 0 && runs_ >= plan_.devices().size(); }
 
  private:
+  // Gradients by themselves have no group and nothing to step.
+  void require_steps() const {
+    if (has_lone_grads_) throw std::logic_error("expected no gradients without their parameters");
+  }
+
   // The state of a parameter, or null.
   PyObject* state_of(PyObject* state, PyObject* param) {
     PyObject* const param_state = state_walk_.find(state, param);
@@ -500,10 +529,13 @@ class PyPlan {
     Plan::Row row = {{}, more_shadows_, group, ordinal, false};
     auto reach = TensorReader::Reach::kKernels;
     const size_t written = written_.size();
+    // All before any is read: that may run Python code, which may drop the others.
+    for (PyObject* const tensor : tensors) {
+      if (tensor != Py_None) hold(tensor);
+    }
     for (int s = 0; s < kStreams; ++s) {
       const bool required = s == kParam || (s == kShadow && tensors[kGrad] == Py_None);
       if (tensors[s] == Py_None && !required) continue;
-      hold(tensors[s]);
       row.views[s] = &views_[s];
       reach = std::max(
           reach, s == kShadow ? read_shadows(tensors[s]) : read(tensors[s], Stream(s), views_[s]));
@@ -613,6 +645,7 @@ class PyPlan {
   size_t runs_ = 0;             // since it was cleared
   bool is_running_ = false;     // without the GIL
   size_t shadowed_ = 0;         // rows with a shadow that the kernels update
+  bool has_lone_grads_ = false;
   PyObject* frozen_ = nullptr;  // a set that the plan holds; null for an empty one
 };
 
@@ -641,21 +674,23 @@ Group make_group(double lr, double momentum, double dampening, double weight_dec
 Pass::Fit add_rows(Pass& pass, const py::list& streams, const py::object& hyper_of,
                    size_t trusted) {
   std::vector<std::pair<PyObject*, int>> lists;  // those that are there, with their stream
-  Py_ssize_t count = 0;
+  size_t count = 0;
+  require_list(hyper_of.ptr());
   for (size_t s = 0; s < streams.size() && s < size_t(kPassStreams); ++s) {
     PyObject* const list = PyList_GET_ITEM(streams.ptr(), s);
+    require_list(list);
     if (list == Py_None) continue;
-    const Py_ssize_t length = py::reinterpret_borrow<py::list>(list).size();
+    const size_t length = PyList_GET_SIZE(list);
     if (!lists.empty() && length != count) throw py::value_error("expected lists of one length");
     count = length;
     lists.emplace_back(list, int(s));
   }
   TensorView views[kPassStreams];
   auto fit = Pass::Fit::kKernels;
-  for (Py_ssize_t i = 0; i < count; ++i) {
+  for (size_t i = 0; i < count; ++i) {
     const TensorView* row[kPassStreams] = {};
     for (const auto& [list, s] : lists) {
-      PyObject* const tensor = PyList_GET_ITEM(list, i);
+      PyObject* const tensor = entry_at(list, i);
       if (tensor == Py_None) continue;
       const bool is_trusted = size_t(s) >= trusted;
       if (reader().read_once(tensor, is_trusted, views[s]) == TensorReader::Reach::kTorch) {
@@ -664,7 +699,7 @@ Pass::Fit add_rows(Pass& pass, const py::list& streams, const py::object& hyper_
       row[s] = &views[s];
     }
     const uint32_t hyper =
-        hyper_of.is_none() ? 0 : PyLong_AsUnsignedLong(PyList_GET_ITEM(hyper_of.ptr(), i));
+        hyper_of.is_none() ? 0 : py::handle(entry_at(hyper_of.ptr(), i)).cast<uint32_t>();
     fit = std::max(fit, pass.add_row(row, hyper));
     if (fit == Pass::Fit::kTorch) break;
   }
@@ -675,6 +710,7 @@ Pass::Fit add_rows(Pass& pass, const py::list& streams, const py::object& hyper_
 bool read_number(PyObject* object, int device, double& number, DeviceScalar& scalar) {
   if (PyFloat_Check(object) || PyLong_Check(object)) {
     number = PyFloat_AsDouble(object);
+    if (PyErr_Occurred()) throw py::error_already_set();  // an integer that is too large
     return true;
   }
   TensorView view;
@@ -694,6 +730,7 @@ bool read_number(PyObject* object, int device, double& number, DeviceScalar& sca
 // Takes tuples of kPassSums numbers or tensors and whether there is no momentum.
 bool add_hypers(Pass& pass, const py::list& hypers, bool nesterov, bool maximize) {
   for (const py::handle entry : hypers) {
+    if (!py::isinstance<py::tuple>(entry)) throw py::type_error("expected a tuple of five fields");
     const auto fields = py::reinterpret_borrow<py::tuple>(entry);
     if (fields.size() != size_t(kPassSums) + 1) throw py::value_error("expected five fields");
     PassHyper hyper;
@@ -723,6 +760,9 @@ py::tuple fit_pass(const py::list& streams, const py::list& hypers) {
 // there.
 bool run_pass(int kind, const py::list& streams, const py::object& hyper_of, const py::list& hypers,
               bool nesterov, bool maximize, size_t trusted, int threads, uintptr_t sums) {
+  if (kind < 0 || kind > int(PassKind::kEmaBackward)) {
+    throw py::value_error("expected a kind of pass");
+  }
   Pass pass{PassKind(kind)};
   if (add_rows(pass, streams, hyper_of, trusted) != Pass::Fit::kKernels) return false;
   if (!add_hypers(pass, hypers, nesterov, maximize)) return false;

@@ -277,7 +277,7 @@ class SGD(torch.optim.SGD):
         formulation than the group's is converted at the next step, and momentum of another dtype
         than the group's ``state_dtype`` asks for at once. Masters and residuals that
         ``torch.optim.SGD`` has rounded to the parameter's dtype are left out: the parameters that
-        it has trained are exact as they are.
+        it has trained are exact as they are. A checkpoint that cannot be loaded changes nothing.
         """
         loaded: dict[str, Any] = {}
         before = dict(self.__dict__)
@@ -297,8 +297,13 @@ class SGD(torch.optim.SGD):
 
         last_before = self.register_load_state_dict_pre_hook(complete)
         first_after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        before = dict(vars(self))
         try:
             super().load_state_dict(state_dict)
+        except BaseException:  # torch has made new groups and state, and left the old ones alone
+            vars(self).clear()
+            vars(self).update(before)
+            raise
         finally:
             last_before.remove()
             first_after.remove()

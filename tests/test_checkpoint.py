@@ -613,3 +613,31 @@ def test_a_hook_may_leave_our_options_out_of_a_checkpoint():
     theirs.load_state_dict(ours.state_dict())
     assert theirs.state_dict().keys() == ours.state_dict().keys()
     assert ours.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]
+
+
+# --- refinements that no longer fit --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["fp32", "split", "kahan"])
+@pytest.mark.parametrize("between", ["torch", "float32 and back"])
+def test_a_refinement_that_was_rounded_is_not_taken_for_another(mode, between):
+    """torch.optim.SGD keeps state in the parameter's dtype, whatever it means."""
+    param = nn.Parameter(torch.full((4,), 3.0, dtype=torch.bfloat16))
+    optimizer = SGD([param], lr=0.1, master_weights=mode)
+    param.grad = torch.full_like(param, 0.01)
+    optimizer.step()
+    if between == "torch":
+        theirs = stock([param], lr=0.1)
+        theirs.load_state_dict(optimizer.state_dict())
+        param.grad = torch.full_like(param, 10.0)
+        theirs.step()
+        optimizer.load_state_dict(theirs.state_dict())
+    else:
+        param.grad = None
+        param.data = param.data.float()
+        optimizer.sync_masters()
+        param.data = param.data.bfloat16()
+    expected = param.detach().clone()
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert_same_bits(param, expected)

@@ -1151,3 +1151,13 @@ def test_functional_steps_between_clips_see_their_own_tensors():
         assert clip_grad_norm_(param, 1.0) == 5
         sgd_step_([param.detach()], [param.grad], None, lr=1.0)
     torch.testing.assert_close(param.detach(), -3 * torch.tensor([0.6, 0.8]))
+
+
+def test_a_skipped_step_forgets_the_norm_of_one_that_clipped():
+    params = with_gradients(gradients([(3,)], F32))
+    optimizer = SGD(params, lr=0.1, max_grad_norm=1.0)
+    optimizer.step()
+    optimizer.param_groups[0]["max_grad_norm"] = None
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert optimizer.grad_norm is None

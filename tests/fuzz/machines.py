@@ -20,14 +20,15 @@ EXAMPLES_OF_A_ROUND = 100
 STEPS_OF_AN_EXAMPLE = 40
 
 
-def run(minutes: float, seed: int) -> dict[str, int]:
-    """Runs rounds until the time is over; raises what the machine finds, after its steps."""
+def run(minutes: float, seed: int, most: int | None = None) -> dict[str, int]:
+    """Runs rounds until the time is over, or so many; raises what the machine finds."""
     torch.set_num_threads(2)
     end = time.monotonic() + 60 * minutes
     rounds = 0
-    while rounds == 0 or time.monotonic() < end:
+    while rounds == 0 or (time.monotonic() < end if most is None else rounds < most):
         run_round(seed + rounds)
         rounds += 1
+        print(f"round {rounds}: {COUNTS}", flush=True)
     return {"rounds": rounds, **COUNTS}
 
 
