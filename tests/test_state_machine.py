@@ -6,9 +6,7 @@ from fuzz.training import TrainingMachine
 from hypothesis import HealthCheck, settings
 
 #: Few enough for every run of the suite; `make fuzz` runs as many as there is time for.
-SHORT = settings(
-    max_examples=60, stateful_step_count=30, suppress_health_check=list(HealthCheck)
-)
+SHORT = settings(max_examples=60, stateful_step_count=30, suppress_health_check=list(HealthCheck))
 
 TestTraining = TrainingMachine.TestCase
 TestTraining.settings = SHORT

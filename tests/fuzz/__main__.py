@@ -1,8 +1,8 @@
 """`make fuzz MINUTES=n`: the state machines, and beside them the targets, each in its process.
 
-    python -m fuzz --minutes 30                            both halves, for 30 minutes
-    python -m fuzz machines --seed 7 --rounds 1            repeats a round of the machines
-    python -m fuzz sgd_state --input 00ff12                repeats an input of a target
+python -m fuzz --minutes 30                            both halves, for 30 minutes
+python -m fuzz machines --seed 7 --rounds 1            repeats a round of the machines
+python -m fuzz sgd_state --input 00ff12                repeats an input of a target
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import hypothesis
 import torch
-from fuzz.training import COUNTS, TrainingMachine
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.stateful import run_state_machine_as_test
+
+from fuzz.training import COUNTS, TrainingMachine
 
 #: Where hypothesis keeps examples that failed, to try them first the next time.
 EXAMPLES = Path(__file__).resolve().parents[2] / "build" / "fuzz" / "examples"

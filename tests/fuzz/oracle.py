@@ -334,9 +334,7 @@ def after_update(known: Snapshot, averaging: Averaging, *, in_step: bool) -> Sna
     return changes
 
 
-def _averaged(
-    known: Snapshot, key: Key, decay: float, mode: str | None, stochastic: bool
-) -> Check:
+def _averaged(known: Snapshot, key: Key, decay: float, mode: str | None, stochastic: bool) -> Check:
     shadow, name = known[key].double(), key[2]
 
     def check(now: Snapshot) -> None:
@@ -356,9 +354,7 @@ def _averaged(
 # --- what a step refuses --------------------------------------------------------------------------
 
 
-def refusal(
-    known: Snapshot, averaging: Averaging | None, *, in_step: bool = True
-) -> str | None:
+def refusal(known: Snapshot, averaging: Averaging | None, *, in_step: bool = True) -> str | None:
     """Why a step must raise ValueError, from the table of dtypes in README.md; None if it is fine.
 
     What does not fit comes about when a model is converted and the optimizer's state is not.

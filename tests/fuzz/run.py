@@ -1,4 +1,4 @@
-"""A training run: a model, an optimizer, an average, a scheduler; and all that can be seen of it."""
+"""A training run: a model, an optimizer, an average; and all that can be seen of it."""
 
 from __future__ import annotations
 
@@ -198,8 +198,7 @@ def twin_of(run: Run) -> Run:
         if run.optimizer.state.get(param):
             optimizer.state[twin] = copy.deepcopy(run.optimizer.state[param])
     optimizer.ema = ema
-    found = Run(model, optimizer, ema, run.decays, run.every, run.after, run.frozen)
-    return found
+    return Run(model, optimizer, ema, run.decays, run.every, run.after, run.frozen)
 
 
 def _cloned_with_gaps(tensor: Tensor) -> Tensor:

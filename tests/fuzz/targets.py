@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from fuzz.source import THINGS, Odd, Source, damaged, tensor, thing
 from reference import assert_same_bits
 from torch import Tensor, nn
 
 import fused_opt
 from fused_opt import _C, EMA, SGD, schedules
+from fuzz.source import THINGS, Odd, Source, damaged, tensor, thing
 
 #: What loading a state may raise. torch's own loading has no words for most damages, and raises
 #: what its code runs into: so any of Python's errors for a wrong value, type or key.
@@ -421,9 +421,6 @@ class _Caller:
     def _set_cpu_isa(self) -> list[Any]:
         return [self.source.choice((*_C.cpu_isas(), "", "avx9000"))]
 
-    def _fit(self) -> list[Any]:
-        return []
-
 
 def _like(param: Tensor, source: Source) -> Any:
     """A plain tensor of the shape, or anything."""
@@ -520,7 +517,7 @@ def _require_same(before: Any, after: Any, where: str = "") -> None:
             raise Broken(f"{where}: {len(before)} became {len(after)}")
         for i, (one, two) in enumerate(zip(before, after, strict=True)):
             _require_same(one, two, f"{where}/{i}")
-    elif before is not after and not (before == after) and before == before:
+    elif before is not after and before == before and before != after:
         raise Broken(f"{where}: {before!r} became {after!r}")
 
 

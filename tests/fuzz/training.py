@@ -649,7 +649,9 @@ class TrainingMachine(RuleBasedStateMachine):
         through=st.sampled_from((lambda state: state, through_file, through_pickle, copy.deepcopy)),
         is_fresh=st.booleans(),
     )
-    def checkpoint(self, data: st.DataObject, through: Callable[[Any], Any], is_fresh: bool) -> None:
+    def checkpoint(
+        self, data: st.DataObject, through: Callable[[Any], Any], is_fresh: bool
+    ) -> None:
         """The optimizer's state goes into a fresh optimizer, or back into the same."""
         run = self.run
         state = through(run.optimizer.state_dict())
@@ -795,7 +797,7 @@ class TrainingMachine(RuleBasedStateMachine):
             return
         k = data.draw(st.integers(0, len(run.decays) - 1))
         expected, kept = self._averages_of(k), self.known
-        with pytest.raises(ZeroDivisionError), run.ema.average_parameters(k):
+        with pytest.raises(ZeroDivisionError), run.ema.average_parameters(k):  # noqa: PT012
             self.settle(expected | {("ema", "applied"): k})
             if run.is_attached:
                 self._refused(run.optimizer.step, RuntimeError)
