@@ -280,7 +280,6 @@ class SGD(torch.optim.SGD):
         it has trained are exact as they are. A checkpoint that cannot be loaded changes nothing.
         """
         loaded: dict[str, Any] = {}
-        before = dict(self.__dict__)
 
         # Between the user's hooks, which change what is loaded, and what they find loaded.
         def complete(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -288,12 +287,8 @@ class SGD(torch.optim.SGD):
             return loaded
 
         def restore(_: Any) -> None:
-            try:
-                self._restore_dtypes(loaded)
-                self._prepare_capture()
-            except BaseException:  # such as no memory; what was there is as it was
-                self.__dict__.update(before)
-                raise
+            self._restore_dtypes(loaded)
+            self._prepare_capture()
 
         last_before = self.register_load_state_dict_pre_hook(complete)
         first_after = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -319,10 +314,9 @@ class SGD(torch.optim.SGD):
             ]
             for own, group in zip(owns, groups, strict=True):
                 check_options({**self.defaults, **group})
+                # Their refinements are made as soon as it is loaded.
                 if group["capturable"] and group["master_weights"] is not None:
-                    for param in own[
-                        "params"
-                    ]:  # whose refinements are made as soon as it is loaded
+                    for param in own["params"]:
                         self._states.check_refinable(param, group["master_weights"])
             common_max_grad_norm(groups)
         return {**state_dict, "param_groups": groups}
@@ -648,9 +642,7 @@ class SGD(torch.optim.SGD):
             rest.append(self._ema._updates.next())
         if gate is None and rounding and self._rounding_steps.counts_on is not None:
             rest.append(self._rounding_steps.next())
-        elif (
-            gate is None and rounding
-        ):  # in all groups, as a device that counts: one may begin later
+        elif gate is None and rounding:  # in all groups, as a device does: one may begin later
             rest += [
                 partial(group.__setitem__, "rounding_steps", group["rounding_steps"] + 1)
                 for group in self.param_groups
