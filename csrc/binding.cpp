@@ -642,9 +642,9 @@ class PyPlan {
   std::vector<PyObject*> held_;    // references that the plan owns
   std::vector<PyObject*> params_;  // of every row
   std::vector<PyObject*> written_;
-  size_t runs_ = 0;             // since it was cleared
-  bool is_running_ = false;     // without the GIL
-  size_t shadowed_ = 0;         // rows with a shadow that the kernels update
+  size_t runs_ = 0;          // since it was cleared
+  bool is_running_ = false;  // without the GIL
+  size_t shadowed_ = 0;      // rows with a shadow that the kernels update
   bool has_lone_grads_ = false;
   PyObject* frozen_ = nullptr;  // a set that the plan holds; null for an empty one
 };
