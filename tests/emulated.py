@@ -22,12 +22,8 @@ import native_variants
 import pytest
 
 import fused_opt
-import fused_opt._differentiable as differentiable
-import fused_opt._plan as plan
-
-#: Names the module to take in place of the variant `emulated`: one with sanitizers or a mutation.
-EMULATED = "FUSED_OPT_TEST_EMULATED"
-
+from fused_opt import _native
+from fused_opt import _plan as plan
 
 _count = itertools.count()
 
@@ -69,7 +65,7 @@ class Emulator:
     @staticmethod
     def _forget_module() -> None:
         plan._local.plan = None
-        differentiable._module.cache_clear()
+        _native.cached_native.cache_clear()
 
     def seed(self, seed: int) -> None:
         """Chooses the order of blocks and threads."""
@@ -111,7 +107,7 @@ class Emulator:
 @cache
 def emulator() -> Emulator:
     """The emulator of this process, built where it has to be."""
-    path = os.environ.get(EMULATED)
+    path = os.environ.get(native_variants.EMULATED)
     return Emulator(Path(path) if path else native_variants.build("emulated"))
 
 
@@ -123,4 +119,4 @@ def copy_of_module(folder: Path) -> Path:
 
 def environment(name: str) -> dict[str, str]:
     """The variables of a process whose emulator is that of a variant, built where it has to be."""
-    return native_variants.environment(name, native_variants.build(name), EMULATED)
+    return native_variants.environment(name, native_variants.build(name), native_variants.EMULATED)

@@ -62,11 +62,15 @@ def shares(files: Sequence[str], jobs: int) -> list[list[str]]:
 
 
 def run(
-    variant: str, files: Sequence[str], jobs: int, environ: Mapping[str, str] | None = None
+    variant: str,
+    files: Sequence[str],
+    jobs: int,
+    environ: Mapping[str, str] | None = None,
+    variable: str = native_variants.NATIVE,
 ) -> Outcome:
     """Builds the variant and runs those files on it. What fails is in the output."""
     start = time.monotonic()
-    environment = native_variants.environment(variant, native_variants.build(variant))
+    environment = native_variants.environment(variant, native_variants.build(variant), variable)
     options = ["-q", "-p", "no:cacheprovider", "-m", "not cuda", "-k"]
     options.append(" and ".join(f"not {name}" for name in LONG))
     processes = [

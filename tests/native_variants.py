@@ -22,6 +22,8 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = "FUSED_OPT_TEST_NATIVE"
+#: Names the module in place of the variant `emulated`: one with sanitizers or a mutation.
+EMULATED = "FUSED_OPT_TEST_EMULATED"
 
 
 @dataclass(frozen=True)

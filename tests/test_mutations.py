@@ -11,7 +11,6 @@ import subprocess
 import sys
 from typing import Any
 
-import emulated
 import mutations
 import native_variants
 import pytest
@@ -26,7 +25,7 @@ def outcomes() -> Any:
     module = mutations.build()
     result = subprocess.run(
         [sys.executable, mutations.__file__],
-        env=native_variants.environment("emulated-asan", module, emulated.EMULATED),
+        env=native_variants.environment("emulated-asan", module, native_variants.EMULATED),
         capture_output=True,
         text=True,
         check=False,
