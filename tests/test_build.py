@@ -370,7 +370,7 @@ def test_pip_install_takes_the_healthy_nvcc_behind_the_shim(
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         source.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, source)
-    for name in ("csrc", "fused_opt"):
+    for name in ("benchmarks", "csrc", "fused_opt"):
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     (source / "setup.cfg").write_text("[build_ext]\ndebug=1\n")  # Not optimized, to be quick.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -90,7 +91,7 @@ def test_a_checkpoint_that_cannot_be_loaded_changes_nothing(broken):
     for param in params:
         param.grad = torch.ones(2)
     optimizer.step()
-    state = optimizer.state_dict()
+    state = copy.deepcopy(optimizer.state_dict())
     before = [optimizer.state[p]["momentum_buffer"] for p in params]
     state["param_groups"][0]["lr"] = 5.0
     if broken == "options":

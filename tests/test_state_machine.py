@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("hypothesis")
+
 from fuzz.training import TrainingMachine
 from hypothesis import HealthCheck, settings
 

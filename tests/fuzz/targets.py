@@ -278,7 +278,7 @@ class _Caller:
         if source.chance(25):
             return None
         return [
-            tensor(source) if source.chance(20) else torch.ones_like(p, device="cpu")
+            tensor(source) if source.chance(20) else torch.ones(p.shape, dtype=p.dtype)
             for p in params
             if not source.chance(3)
         ]
@@ -314,7 +314,7 @@ class _Caller:
         return [self.source.below(3), self.source.below(12) - 1, [0.5] * self.source.below(6)]
 
     def _shadow(self, param: Tensor) -> Any:
-        shadows = [torch.ones_like(param, device="cpu") for _ in range(max(1, self.averages))]
+        shadows = [torch.ones(param.shape, dtype=param.dtype) for _ in range(max(1, self.averages))]
         return tuple(shadows) if len(shadows) > 1 else shadows[0]
 
     def _add_param_group(self) -> list[Any]:
