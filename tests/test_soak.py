@@ -126,4 +126,5 @@ def test_a_long_training_neither_grows_nor_drifts():
     assert worst[0][0] > 0, "float32 cannot be exact"
     assert ema.num_updates == STEPS
     assert len(gc.get_objects()) <= objects + 50
-    assert resident_bytes() <= resident + 2_000_000
+    # Less than the smallest object of Python for each of the other 80,000 steps.
+    assert resident_bytes() <= resident + 48 * 80_000

@@ -278,7 +278,7 @@ class _Caller:
         if source.chance(25):
             return None
         return [
-            tensor(source) if source.chance(20) else torch.ones(p.shape, dtype=p.dtype)
+            tensor(source) if source.chance(20) else _ones(p)
             for p in params
             if not source.chance(3)
         ]
@@ -314,7 +314,7 @@ class _Caller:
         return [self.source.below(3), self.source.below(12) - 1, [0.5] * self.source.below(6)]
 
     def _shadow(self, param: Tensor) -> Any:
-        shadows = [torch.ones(param.shape, dtype=param.dtype) for _ in range(max(1, self.averages))]
+        shadows = [_ones(param) for _ in range(max(1, self.averages))]
         return tuple(shadows) if len(shadows) > 1 else shadows[0]
 
     def _add_param_group(self) -> list[Any]:
@@ -420,6 +420,11 @@ class _Caller:
 
     def _set_cpu_isa(self) -> list[Any]:
         return [self.source.choice((*_C.cpu_isas(), "", "avx9000"))]
+
+
+def _ones(param: Tensor) -> Tensor:
+    """A plain tensor of the shape and dtype, where the parameter has a shape."""
+    return torch.ones(3 if param.is_nested else param.shape, dtype=param.dtype)
 
 
 def _like(param: Tensor, source: Source) -> Any:
