@@ -25,11 +25,12 @@ namespace {
 PyObject* row_error = nullptr;
 PyObject* cuda_error = nullptr;
 
-// Python exceptions whose arguments are the fields of ours.
+// Python exceptions whose arguments are the fields of ours. The translator is local: a process may
+// have a second build of this module, whose errors are other classes.
 void register_errors(py::module_& module) {
   row_error = py::exception<RowError>(module, "RowError").release().ptr();
   cuda_error = py::exception<cuda::CudaError>(module, "CudaError").release().ptr();
-  py::register_exception_translator([](std::exception_ptr pointer) {
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       std::rethrow_exception(pointer);
     } catch (const cuda::CudaError& error) {

@@ -126,8 +126,9 @@ bool TensorReader::plain_type(PyTypeObject* type) {
 
 bool TensorReader::negated(PyObject* object) const {
   static PyObject* const name = PyUnicode_InternFromString("is_neg");
-  return py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, name)).ptr() !=
-         Py_False;
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, name));
+  if (!answer) throw py::error_already_set();  // the method of a subclass raised
+  return answer.ptr() != Py_False;
 }
 
 bool TensorReader::read_dlpack(PyObject* object, TensorView& view) const {

@@ -197,8 +197,11 @@ def check_match(argument: str, found: Mapping[str, Tensor], expected: Mapping[st
 
 
 def _described(tensor: Tensor) -> str:
+    """What has to be the same for one tensor to be copied into another."""
     kinds = ("real" if tensor.is_floating_point() else str(tensor.dtype), "complex")
-    return f"shape {tuple(tensor.shape)} of {kinds[tensor.is_complex()]} numbers"
+    layout = "" if tensor.layout == torch.strided else f" as {tensor.layout}"
+    where = " on the meta device" if tensor.is_meta else ""
+    return f"shape {tuple(tensor.shape)} of {kinds[tensor.is_complex()]} numbers{layout}{where}"
 
 
 def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

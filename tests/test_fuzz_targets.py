@@ -10,7 +10,7 @@ import torch
 from fuzz.targets import TARGETS
 from torch import nn
 
-from fused_opt import _C, SGD
+from fused_opt import _C, EMA, SGD
 
 INPUTS = 25
 
@@ -27,6 +27,16 @@ def test_a_target_keeps_its_promises_on_random_inputs(name):
 
 def group():
     return _C.Group()
+
+
+class Mute(torch.Tensor):
+    def is_neg(self):
+        raise ZeroDivisionError
+
+
+def test_what_a_subclass_raises_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        _C.Plan().add([torch.ones(1).as_subclass(Mute)], *[None] * 5, group(), False)
 
 
 @pytest.mark.parametrize("grads", [(1, 2), 3, "ab"], ids=repr)
@@ -105,3 +115,19 @@ def test_a_checkpoint_that_cannot_be_loaded_changes_nothing(broken):
     assert optimizer.param_groups[0]["lr"] == 0.1
     for param, momentum in zip(params, before, strict=True):
         assert optimizer.state[param]["momentum_buffer"] is momentum
+
+
+@pytest.mark.parametrize(
+    "bad", [lambda t: t.to("meta"), lambda t: t.to_sparse()], ids=["meta", "sparse"]
+)
+def test_a_state_with_a_tensor_that_cannot_be_copied_changes_nothing(bad):
+    """Also where the other tensors can be."""
+    model = nn.Linear(2, 2)
+    ema = EMA(model, 0.5)
+    state = copy.deepcopy(ema.state_dict())
+    shadows = state["averages"][0]
+    shadows["weight"].zero_()
+    shadows["bias"] = bad(shadows["bias"])
+    with pytest.raises(ValueError, match="'bias', got shape"):
+        ema.load_state_dict(state)
+    assert torch.equal(ema.shadows["weight"], model.weight)

@@ -42,7 +42,7 @@ def suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(native_suites, "TESTS", tmp_path / "tests")
     monkeypatch.setattr(native_variants, "ROOT", tmp_path)
     monkeypatch.setattr(native_variants, "build", lambda name: tmp_path / name)
-    monkeypatch.setattr(native_variants, "environment", lambda name, module: {})
+    monkeypatch.setattr(native_variants, "environment", lambda name, module, variable: {})
     return tmp_path / "tests"
 
 

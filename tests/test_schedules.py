@@ -153,6 +153,26 @@ def test_first_update_copies(schedule: Schedule) -> None:
     assert schedule(1) > 0
 
 
+@pytest.mark.parametrize("extreme", [5e-324, 1e-310, 2.0**-60, 2.0**60, 1.7e308], ids=str)
+@pytest.mark.parametrize("k", [0, 1, 1000, 2**53, 2**63 - 1])
+def test_extreme_arguments_keep_a_decay_a_decay(extreme: float, k: int) -> None:
+    decay = min(extreme, 1 - 2.0**-53)
+    for schedule in (
+        schedules.tf_warmup(decay),
+        schedules.tf_warmup(0.9, offset=min(int(extreme), 10**15)),
+        schedules.inverse_power(decay, extreme, extreme, decay / 2),
+        schedules.inverse_power(1.0, gamma=extreme),
+        schedules.inverse_power(1.0, power=extreme),
+        schedules.exponential_ramp(decay, extreme),
+        schedules.half_life(extreme),
+        schedules.half_life(1.0, extreme),
+        schedules.zero_debias(decay),
+        schedules.power_function(min(max(extreme, 1e-6), 0.3)),
+        schedules.cosine(decay, max(1, min(int(extreme), 10**15))),
+    ):
+        assert 0 <= schedule(k) <= 1, schedule
+
+
 def test_ends_are_exact() -> None:
     cosine = schedules.cosine(0.996, 300)
     assert (cosine(0), cosine(300), cosine(301)) == (0.996, 1.0, 1.0)

@@ -26,8 +26,9 @@ FUSED_OPT_HD double log_ratio(double s) {
   return 2 * s + s * sum;
 }
 
-// For finite x > 0.
+// For x > 0.
 FUSED_OPT_HD double log(double x) {
+  if (x == HUGE_VAL) return x;
   int exponent;
   double fraction = frexp(x, &exponent);  // in [0.5, 1), and then in [sqrt(0.5), sqrt(2))
   if (fraction < 0.70710678118654752440) {
@@ -38,7 +39,7 @@ FUSED_OPT_HD double log(double x) {
   return exponent * kLn2High + (log_fraction + exponent * kLn2Low);
 }
 
-// log(1 + x) for finite x >= 0.
+// log(1 + x) for x >= 0.
 FUSED_OPT_HD double log1p(double x) { return x < 0.41 ? log_ratio(x / (2 + x)) : log(1 + x); }
 
 // exp(x) - 1 for x <= 0.

@@ -88,7 +88,8 @@ KINDS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda t: t.to("meta"),
     lambda t: t.to_sparse() if t.dim() else t,
     lambda t: t.to_sparse_csr() if t.dim() == 2 else t,
-    lambda t: torch._neg_view(t) if t.is_floating_point() else t,
+    # torch cannot print a negated one of 8 bits.
+    lambda t: torch._neg_view(t) if t.is_floating_point() and t.itemsize > 1 else t,
     lambda t: t.as_subclass(PlainSubclass),
     lambda t: t.as_subclass(Odd),
     lambda t: nn.Parameter(t, t.is_floating_point()),
