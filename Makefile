@@ -21,6 +21,7 @@ BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt fused_opt/__init__.py fus
 
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 BENCH_ARGS ?=
 SANITIZE_ARGS ?=
 COVERAGE_ARGS ?=
@@ -41,7 +42,7 @@ demo: $(PACKAGE_STAMP) ## Train on handwritten digits with torch.optim.SGD and w
 	@$(BIN)/python examples/digits.py $(DEMO_ARGS)
 
 test: $(PACKAGE_STAMP) ## Run every test, doctests included; CUDA tests are skipped where there is no GPU
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 # atheris has no wheel for every Python; without it the inputs of the targets are random.
 fuzz: $(PACKAGE_STAMP) ## Interleave what training does, and load and call damaged things, for MINUTES=5

@@ -3,6 +3,7 @@
 import collections
 import copy
 import gc
+import itertools
 import os
 import signal
 import subprocess
@@ -594,6 +595,27 @@ class Interrupt:
         return self.trace
 
 
+def interrupted(build: Callable[[], Scene], act: Callable[[Scene], object]) -> list[bool]:
+    """Whether something was done as a whole when interrupted, and not begun else, by the line."""
+    scene = build()
+    before = everything(*scene)
+    act(scene)
+    after = everything(*scene)
+    seen = []
+    for number in itertools.count():
+        scene = build()
+        try:
+            with Interrupt(number):
+                act(scene)
+            break
+        except KeyboardInterrupt:
+            now = everything(*scene)
+            assert now in (before, after), f"line {number}"
+            seen.append(now == after)
+    assert set(seen) == {False, True}
+    return seen
+
+
 @pytest.mark.parametrize(
     ("dtype", "options", "steps"),
     [
@@ -606,23 +628,8 @@ class Interrupt:
 )
 def test_ctrl_c_in_a_step_leaves_it_done_or_not_begun(dtype, options, steps):
     """At every line of ours that runs in one."""
-    scene = make_scene(options, dtype, steps)
-    before = everything(*scene)
-    scene[1].step()
-    after = everything(*scene)
-    seen = []
-    for number in range(10_000):
-        scene = make_scene(options, dtype, steps)
-        try:
-            with Interrupt(number):
-                scene[1].step()
-            break
-        except KeyboardInterrupt:
-            now = everything(*scene)
-            assert now in (before, after), f"line {number}"
-            seen.append(now == after)
+    seen = interrupted(lambda: make_scene(options, dtype, steps), lambda scene: scene[1].step())
     assert seen == sorted(seen), "a step that was done is undone"
-    assert {False, True} == set(seen)
 
 
 @pytest.mark.parametrize("buffers", ["copy", "average"])
@@ -632,22 +639,7 @@ def test_ctrl_c_in_an_update_leaves_it_done_or_not_begun(buffers):
         scene[2]._source[1].num_batches_tracked.add_(5)
         return scene
 
-    scene = build()
-    before = everything(*scene)
-    scene[2].update()
-    after = everything(*scene)
-    seen = set()
-    for number in range(10_000):
-        scene = build()
-        try:
-            with Interrupt(number):
-                scene[2].update()
-            break
-        except KeyboardInterrupt:
-            now = everything(*scene)
-            assert now in (before, after), f"line {number}"
-            seen.add(now == after)
-    assert seen == {False, True}
+    interrupted(build, lambda scene: scene[2].update())
 
 
 def test_ctrl_c_from_outside_stops_training_in_a_state_that_resumes():

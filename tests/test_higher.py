@@ -89,7 +89,7 @@ def test_toy_agrees_with_three_runs(name):
         moved.requires_grad_()
         loss = toy.meta_loss(hypers, copy_initial_weights=False)
         (grad,) = torch.autograd.grad(loss, moved)
-        return float(loss), float(grad)
+        return float(loss.detach()), float(grad)
 
     step = 1e-5
     slope = (run(step)[0] - run(-step)[0]) / (2 * step)

@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,16 +49,26 @@ def sgd_state(data: bytes) -> None:
     source = Source(data)
     optimizer, params = _optimizer(source)
     state = damaged(source, copy.deepcopy(optimizer.state_dict()))
-    before = _of_optimizer(optimizer)
+    held = partial(_of_optimizer, optimizer)
     with _quiet():
-        try:
-            optimizer.load_state_dict(state)
-        except EXPECTED as error:
-            count(f"sgd_state refused: {type(error).__name__}")
-            _require_same(before, _of_optimizer(optimizer))
+        if not _done("sgd_state", held, lambda: optimizer.load_state_dict(state)):
             return
-        count("sgd_state loaded")
-        _step(optimizer, params)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        _done("step", held, optimizer.step)
+
+
+def _done(what: str, held: Callable[[], Any], call: Callable[[], object]) -> bool:
+    """Whether a call did not raise; if it did, what is held must be as it was."""
+    before = held()
+    try:
+        call()
+    except EXPECTED as error:
+        count(f"{what} refused: {type(error).__name__}")
+        _require_same(before, held())
+        return False
+    count(f"{what} done")
+    return True
 
 
 def _optimizer(source: Source) -> tuple[SGD, list[nn.Parameter]]:
@@ -81,20 +92,6 @@ def _optimizer(source: Source) -> tuple[SGD, list[nn.Parameter]]:
         param.grad = torch.ones_like(param)
     optimizer.step()
     return optimizer, params
-
-
-def _step(optimizer: SGD, params: list[nn.Parameter]) -> None:
-    """A step that works, or raises and changes nothing."""
-    for param in params:
-        param.grad = torch.ones_like(param)
-    before = _of_optimizer(optimizer)
-    try:
-        optimizer.step()
-    except EXPECTED as error:
-        count(f"step refused: {type(error).__name__}")
-        _require_same(before, _of_optimizer(optimizer))
-        return
-    count("stepped")
 
 
 def _of_optimizer(optimizer: SGD) -> list[Any]:
@@ -125,15 +122,10 @@ def ema_state(data: bytes) -> None:
     if ema._applied is not None:
         ema.restore()
     state = damaged(source, state)
-    before = _of_average(ema)
+    held = partial(_of_average, ema)
     with _quiet():
-        try:
-            ema.load_state_dict(state)
-        except EXPECTED as error:
-            count(f"ema_state refused: {type(error).__name__}")
-            _require_same(before, _of_average(ema))
+        if not _done("ema_state", held, lambda: ema.load_state_dict(state)):
             return
-        count("ema_state loaded")
         if ema._applied is not None:
             ema.restore()
         ema.update()
@@ -180,15 +172,11 @@ def scaler_state(data: bytes) -> None:
         except EXPECTED as error:
             count(f"scaler_state refused: {type(error).__name__}")
             return
-        count("scaler_state loaded")
+        count("scaler_state done")
         optimizer, params = _optimizer(source)
         for param in params:
             param.grad = torch.ones_like(param)
-        before = _of_optimizer(optimizer)
-        try:
-            scaler.step(optimizer)
-        except EXPECTED:
-            _require_same(before, _of_optimizer(optimizer))
+        _done("scaled step", partial(_of_optimizer, optimizer), lambda: scaler.step(optimizer))
 
 
 SCHEDULES = (
@@ -212,7 +200,7 @@ def schedule_state(data: bytes) -> None:
     except (ValueError, TypeError) as error:
         count(f"schedule_state refused: {type(error).__name__}")
         return
-    count("schedule_state loaded")
+    count("schedule_state done")
     for k in (0, 1, source.below(2**20), 2**62):
         value = schedule(k)
         if not isinstance(value, float) or not (0.0 <= value <= 1.0):
@@ -265,7 +253,7 @@ class _Caller:
             count(f"{name} refused: {type(error).__name__}")
         else:
             self.kept.append(found)
-            count(f"{name} called")
+            count(f"{name} done")
 
     def _rows(self, least: int = 0) -> list[Tensor]:
         return [tensor(self.source) for _ in range(least + self.source.below(4))]
