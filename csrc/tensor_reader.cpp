@@ -106,8 +106,9 @@ TensorReader::Reach TensorReader::describe(PyObject* object, TensorView& view) {
 // Whether the type of a tensor has no dispatcher of its own. Throws if the object is no tensor.
 bool TensorReader::is_plain(PyObject* object) {
   if (plain_type(Py_TYPE(object))) return true;
-  if (PyObject_IsInstance(object, tensor_type_) == 1) return false;
-  PyErr_Clear();
+  const int is_tensor = PyObject_IsInstance(object, tensor_type_);
+  if (is_tensor < 0) throw py::error_already_set();  // Python code of torch's runs there: Ctrl-C
+  if (is_tensor != 0) return false;
   throw py::type_error(std::string("expected a torch.Tensor, got ") + Py_TYPE(object)->tp_name);
 }
 

@@ -864,6 +864,8 @@ class TrainingMachine(RuleBasedStateMachine):
         applied = self.known["ema", "applied"]
         if applied is not None:  # the weights become the average again
             changes |= self._averages_of(applied, {**self.known, **changes})
+            # The model may have been converted since they were put aside.
+            self.aside = {key: v.to(self.known[key].dtype) for key, v in self.aside.items()}
         if was_attached:
             run.optimizer.ema = run.ema
         self.settle(changes)
