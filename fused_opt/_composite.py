@@ -6,7 +6,9 @@ autograd has to see every operation.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from torch.optim.sgd import sgd as torch_sgd
 from fused_opt._hyper import ClipHyper, SgdHyper, as_scalar
 from fused_opt._masters import exact_value, store_
 from fused_opt._rounding import Rounding, Stream, narrow_, widened
+
+_Maybe = TypeVar("_Maybe", Tensor, "Tensor | None")
 
 
 def sgd_formula(
@@ -86,7 +90,9 @@ def sgd_step_(
         own_grads = [unscaled(grad, hyper) for grad in grads]
         if hyper.nesterov:
             own_grads = list(map(_addable, own_grads, momentum_buffers))
-        torch_sgd(params, own_grads, momentum_buffers, foreach=False, fused=False, **options)
+        at_start = _at_storage_start
+        with at_start(params, grads) as values, at_start(momentum_buffers, grads) as buffers:
+            torch_sgd(values, own_grads, buffers, foreach=False, fused=False, **options)
     else:
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             buffer = momentum_buffers[i] if hyper.state_key else None
@@ -99,6 +105,29 @@ def sgd_step_(
     if hyper.reset_grads:
         for grad in grads:
             grad.zero_()
+
+
+@contextmanager
+def _at_storage_start(tensors: list[_Maybe], grads: list[Tensor]) -> Iterator[list[_Maybe]]:
+    """The tensors, or copies of those that torch would miss, which are written back at the end.
+
+    To a dense tensor that starts inside its storage, torch adds a sparse one at twice that offset.
+    """
+    moved = [
+        tensor.clone()
+        if tensor is not None
+        and grad.is_sparse
+        and not tensor.is_sparse
+        and tensor.storage_offset()
+        else tensor
+        for tensor, grad in zip(tensors, grads, strict=False)  # no momentum is an empty list
+    ]
+    yield moved
+    for i, (tensor, value) in enumerate(zip(tensors, moved, strict=True)):
+        if tensor is None or value is None:
+            tensors[i] = value
+        elif value is not tensor:
+            tensor.copy_(value)
 
 
 def _addable(grad: Tensor, buffer: Tensor | None) -> Tensor:

@@ -1361,6 +1361,36 @@ def test_sparse_gradients_step_as_in_torch(rule, fused, device):
     assert_equals_torch(rule, make, give_sparse_gradients, fused=fused)
 
 
+@fallback_rules
+def test_sparse_gradients_reach_views_inside_a_storage(rule, device):
+    """torch's step misses them, and writes beyond their end."""
+
+    def views(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        memory = tensor.new_zeros(tensor.numel() + 200)
+        return memory, memory[50 : 50 + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+    ours, theirs = (make_params([(4, 2), (7,)], torch.float64, device) for _ in range(2))
+    memories = []
+    for p in ours:
+        memory, p.data = views(p.detach())
+        memories.append((memory, p))
+    optimizer, expected = SGD(ours, **rule), torch.optim.SGD(theirs, foreach=False, **rule)
+    for step in range(3):
+        for p in (*ours, *theirs):
+            p.grad = random_tensor(p.shape, p.dtype, device, seed=step).to_sparse()
+        optimizer.step()
+        expected.step()
+        for p in ours if step == 0 and rule.get("momentum") else []:
+            momentum = optimizer.state[p]["momentum_buffer"].to_dense()
+            memory, optimizer.state[p]["momentum_buffer"] = views(momentum)
+            memories.append((memory, optimizer.state[p]["momentum_buffer"]))
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q)
+    for memory, view in memories:
+        assert not memory[:50].any()
+        assert not memory[50 + view.numel() :].any()
+
+
 def test_sparse_gradients_with_weight_decay_raise_as_in_torch():
     param = make_params([(4, 2)])[0]
     param.grad = torch.ones(4, 2).to_sparse()
