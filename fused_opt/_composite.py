@@ -143,8 +143,8 @@ def ema_update_(
     rounding: Rounding | None = None,
     stream: int = Stream.SHADOW,
 ) -> None:
-    """Updates the shadows of one average in place, in their own dtype."""
-    values = widened(shadows, rounding)
+    """Updates the shadows of one average in place; each is rounded once, to its own dtype."""
+    values = widened(shadows, rounding, beside=params)
     for value, param, decay in zip(values, params, decays, strict=True):
         if value is not None and decay == 0:
             value.copy_(param.detach())  # also beside inf and NaN

@@ -687,7 +687,7 @@ class Plan:
                 momentums[:] = [None] * len(momentums)  # a sparse gradient has a sparse one
             rounding = None if rows.rounding is None else rows.rounding.on_host()
             refined = _composite.Refined(rows.params, rows.refinements, rounding)
-            wide = _rounding.widened(momentums, rounding)
+            wide = _rounding.widened(momentums, rounding, beside=refined.values)
             clipping = hyper._replace(clip=clip)
             _composite.sgd_step_(refined.values, rows.grads or [], wide, clipping)
             refined.store_()

@@ -102,12 +102,26 @@ def shadow_roundings(
     return rounding_of
 
 
-def widened(tensors: Sequence[Tensor | None], rounding: Rounding | None) -> list[Any]:
-    """The tensors to compute with: float32 copies of those that :func:`narrow_` will round."""
-    return [
-        tensor.detach().float() if tensor is not None and rounding and _is_half(tensor) else tensor
-        for tensor in tensors
-    ]
+def widened(
+    tensors: Sequence[Tensor | None],
+    rounding: Rounding | None,
+    beside: Sequence[Tensor] | None = None,
+) -> list[Any]:
+    """The tensors to compute with: wider copies of those that :func:`narrow_` will round.
+
+    They hold the dtype of what is ``beside`` each, and float32 where half types are rounded
+    stochastically.
+    """
+
+    def wide(i: int, tensor: Tensor) -> Tensor:
+        dtype = tensor.dtype
+        if beside is not None:
+            dtype = torch.promote_types(dtype, beside[i].dtype)
+        if rounding is not None and _is_half(tensor):
+            dtype = torch.promote_types(dtype, torch.float32)
+        return tensor if dtype == tensor.dtype else tensor.detach().to(dtype)
+
+    return [None if tensor is None else wide(i, tensor) for i, tensor in enumerate(tensors)]
 
 
 def narrow_(
@@ -116,12 +130,14 @@ def narrow_(
     rounding: Rounding | None,
     stream: int,
 ) -> None:
-    """Writes what :func:`widened` has made copies of, rounded stochastically."""
-    if rounding is None or not tensors:
-        return
-    for tensor, value, ordinal in zip(tensors, values, rounding.ordinals, strict=True):
-        if tensor is not None and tensor is not value:
-            _store_(tensor, value, rounding, ordinal, stream)
+    """Writes what :func:`widened` has made copies of, rounded once: stochastically where it may."""
+    for i, (tensor, value) in enumerate(zip(tensors, values, strict=True)):
+        if tensor is None or tensor is value:
+            continue
+        if rounding is not None and _is_half(tensor):
+            _store_(tensor, value, rounding, rounding.ordinals[i], stream)
+        else:
+            tensor.copy_(value)
 
 
 def narrowed(value: Tensor, dtype: torch.dtype, rounding: Rounding | None, row: int) -> Tensor:

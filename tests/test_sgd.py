@@ -1391,6 +1391,23 @@ def test_sparse_gradients_reach_views_inside_a_storage(rule, device):
         assert not memory[50 + view.numel() :].any()
 
 
+@pytest.mark.parametrize("formulation", ["torch", "sutskever"])
+def test_narrow_momentum_of_a_sparse_gradient_is_rounded_once(formulation):
+    """As beside a dense gradient: what moves the parameter has not been rounded."""
+    params = make_params([(40, 3)])
+    optimizer = SGD(params, 0.1, 0.9, formulation=formulation, state_dtype=torch.bfloat16)
+    set_gradients(params, 0)
+    optimizer.step()
+    before, (key, held) = params[0].detach().double(), *optimizer.state[params[0]].items()
+    params[0].grad = random_tensor((40, 3), seed=1).to_sparse()
+    scale = {"torch": 1.0, "sutskever": -0.1}[formulation]
+    momentum = 0.9 * held.double() + scale * params[0].grad.to_dense().double()
+    optimizer.step()
+    moved = momentum if formulation == "sutskever" else -0.1 * momentum
+    torch.testing.assert_close(params[0].detach().double(), before + moved, rtol=1e-6, atol=1e-7)
+    assert_same_bits(optimizer.state[params[0]][key], momentum.to(torch.bfloat16))
+
+
 def test_sparse_gradients_with_weight_decay_raise_as_in_torch():
     param = make_params([(4, 2)])[0]
     param.grad = torch.ones(4, 2).to_sparse()

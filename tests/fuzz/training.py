@@ -404,10 +404,11 @@ class TrainingMachine(RuleBasedStateMachine):
             "cpu", init_scale=scale, growth_interval=1
         )
         scaler.scale(torch.zeros(()))
-        if unscales and not has_half:
+        unscales &= not has_half
+        if unscales:
             self._unscale(scaler, scale)
             scale = 1.0
-        self._scaled_step(scaler, kind, scale, is_inf)
+        self._scaled_step(scaler, scale, is_inf, knows_early=unscales or kind == "torch")
         if is_inf:
             self.zero_grad(set_to_none=True)
 
@@ -420,10 +421,11 @@ class TrainingMachine(RuleBasedStateMachine):
         )
 
     def _scaled_step(
-        self, scaler: torch.amp.GradScaler, kind: str, scale: float, is_inf: bool
+        self, scaler: torch.amp.GradScaler, scale: float, is_inf: bool, *, knows_early: bool
     ) -> None:
+        """``knows_early``: the scaler has looked for infinite gradients before the step."""
         optimizer, before = self.run.optimizer, scaler.get_scale()
-        knows_early = kind == "torch" or scale == 1.0
+        is_ours = isinstance(scaler, fused_opt.GradScaler)
         self.scaling = True
         try:
             refused = self._step(
@@ -436,12 +438,12 @@ class TrainingMachine(RuleBasedStateMachine):
             self.scaling = False
         if refused:
             for name in ("found_inf", "grad_scale"):  # torch's scaler leaves them
-                assert kind == "torch" or name not in vars(optimizer)
+                assert not is_ours or name not in vars(optimizer)
                 vars(optimizer).pop(name, None)
             return
         scaler.update()
         assert scaler.get_scale() == before * (0.5 if is_inf else 2.0)
-        count(f"steps of {kind} scaler")
+        count(f"steps of {'our' if is_ours else 'torch'} scaler")
 
     @rule(data=st.data())
     def step_with_lr_of_a_hook(self, data: st.DataObject) -> None:
