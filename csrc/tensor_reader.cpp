@@ -46,6 +46,13 @@ const char* kind_of(uint8_t code) {
   }
 }
 
+const char* kind_of(const std::string& name) {
+  for (const char* kind : {"uint", "int", "complex", "bool"}) {
+    if (name.rfind(std::string("torch.") + kind, 0) == 0) return kind;
+  }
+  return "float";
+}
+
 }  // namespace
 
 bool SeenTensors::advance(PyObject* tensor) {
@@ -178,8 +185,9 @@ bool TensorReader::read_attributes(PyObject* object, TensorView& view) {
   view.shape = lent.shape.data();
   view.strides = lent.strides.data();
   view.item_bytes = tensor.attr("element_size")().cast<int>();
-  view.has_kernels = find_dtype(py::str(tensor.attr("dtype")).cast<std::string>(), view.dtype);
-  if (!view.has_kernels) view.dtype_kind = "unsupported";
+  const auto dtype = py::str(tensor.attr("dtype")).cast<std::string>();
+  view.has_kernels = find_dtype(dtype, view.dtype);
+  if (!view.has_kernels) view.dtype_kind = kind_of(dtype);
   return true;
 }
 

@@ -88,7 +88,7 @@ def sgd_step_(
                 param.mul_(1 - as_scalar(hyper.lr, "lr") * decay)
             options["weight_decay"] = 0
         own_grads = [unscaled(grad, hyper) for grad in grads]
-        if hyper.nesterov:
+        if hyper.nesterov and momentum_buffers:
             own_grads = list(map(_addable, own_grads, momentum_buffers))
         at_start = _at_storage_start
         with at_start(params, grads) as values, at_start(momentum_buffers, grads) as buffers:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -50,22 +50,9 @@ class Emulator:
         self._library.emulator_run_stream.argtypes = [ctypes.c_void_p]
         self._library.emulator_delete_stream.argtypes = [ctypes.c_void_p]
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """Takes the place of the package's module for what is made and done meanwhile."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fused_opt, "_C", self.module, raising=False)
-            patch.setitem(sys.modules, "fused_opt._C", self.module)
-            self._forget_module()
-            try:
-                yield
-            finally:
-                self._forget_module()
-
-    @staticmethod
-    def _forget_module() -> None:
-        plan._local.plan = None
-        _native.cached_native.cache_clear()
+        return in_place(self.module)
 
     def seed(self, seed: int) -> None:
         """Chooses the order of blocks and threads."""
@@ -102,6 +89,24 @@ class Emulator:
 
     def run_stream(self, stream: int) -> None:
         self._library.emulator_run_stream(stream)
+
+
+@contextmanager
+def in_place(module: ModuleType) -> Iterator[None]:
+    """Puts a build of the module in the place of the package's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_opt, "_C", module, raising=False)
+        patch.setitem(sys.modules, "fused_opt._C", module)
+        _forget_module()
+        try:
+            yield
+        finally:
+            _forget_module()
+
+
+def _forget_module() -> None:
+    plan._local.plan = None
+    _native.cached_native.cache_clear()
 
 
 @cache

@@ -6,9 +6,12 @@ import copy
 import io
 import itertools
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import emulated
+import native_variants
 import pytest
 import torch
 from reference import (
@@ -29,7 +32,7 @@ from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fused_opt
-from fused_opt import EMA, SGD
+from fused_opt import _C, EMA, SGD
 from fused_opt.functional import sgd_step_
 
 README = Path(fused_opt.__file__).resolve().parent.parent / "README.md"
@@ -298,3 +301,58 @@ def test_new_buffers_of_the_functional_form_have_the_state_dtype(device: torch.d
     sgd_step_([p], [g], buffers, lr=0.5, momentum=0.9, state_dtype=torch.float32)
     assert buffers[0] is not None
     assert_same_bits(buffers[0], g)
+
+
+@pytest.fixture
+def by_attributes(tmp_path, monkeypatch):
+    """The module as it reads tensors where torch's table for DLPack is of another version."""
+    path = Path(shutil.copy(_C.__file__, tmp_path))
+    module = native_variants.load(path, "by_attributes._C")
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    with emulated.in_place(module):
+        module.Plan().add_grads([torch.ones(1)], False)  # when it looks for the table
+        monkeypatch.undo()
+        yield
+
+
+def odd_history(dtype: torch.dtype) -> list[Tensor]:
+    """What becomes of transposed, misaligned, scattered, empty and other parameters."""
+    layouts = [
+        random_tensor((3, 43), dtype, seed=1).t(),
+        random_tensor((130,), dtype, seed=2)[1:],
+        random_tensor((7, 2), dtype, seed=3)[:, 0],
+        random_tensor((), dtype, seed=4),
+        torch.empty(0, 3, dtype=dtype),
+    ]
+    params = [torch.nn.Parameter(values) for values in layouts]
+    split = dtype == torch.bfloat16
+    ema = EMA(params, 0.9)
+    optimizer = SGD(
+        params, 0.1, 0.9, ema=ema, max_grad_norm=1.0, master_weights="split" if split else None
+    )
+    for step in range(3):
+        set_gradients(params, step)
+        optimizer.step()
+    return [*params, *ema.shadows.values(), *(momentum_of(optimizer, p) for p in params)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_are_read_by_their_attributes_alike(dtype, request):
+    expected = odd_history(dtype)
+    request.getfixturevalue("by_attributes")
+    for e, found in zip(expected, odd_history(dtype), strict=True):
+        assert_same_bits(found, e)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+)
+def test_dtypes_without_kernels_have_one_name(dtype, request):
+    def message() -> str:
+        with pytest.raises(ValueError, match=f"{dtype}".split(".")[1][:3]) as caught:
+            sgd_step_([torch.ones(3)], [torch.ones(3, dtype=dtype)], [None], lr=0.1)
+        return str(caught.value)
+
+    expected = message()
+    request.getfixturevalue("by_attributes")
+    assert message() == expected

@@ -1392,6 +1392,18 @@ def test_sparse_gradients_reach_views_inside_a_storage(rule, device):
 
 
 @pytest.mark.parametrize("formulation", ["torch", "sutskever"])
+def test_a_sparse_gradient_is_stepped_where_nesterov_has_lost_its_momentum(formulation):
+    """Options may change; the constructor alone asks for momentum."""
+    params = make_params([(4, 2)])
+    optimizer = SGD(params, 0.1, 0.9, nesterov=True, formulation=formulation)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    expected = params[0].detach() - 0.1
+    params[0].grad = torch.ones(4, 2).to_sparse()
+    optimizer.step()
+    torch.testing.assert_close(params[0].detach(), expected)
+
+
+@pytest.mark.parametrize("formulation", ["torch", "sutskever"])
 def test_narrow_momentum_of_a_sparse_gradient_is_rounded_once(formulation):
     """As beside a dense gradient: what moves the parameter has not been rounded."""
     params = make_params([(40, 3)])

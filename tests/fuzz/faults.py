@@ -90,15 +90,16 @@ def _state(change: Callable[[Tensor], Any]) -> Callable[[Run, str], Undo | None]
 
 
 def _shared_memory(run: Run, name: str) -> Undo | None:
-    """Two parameters in one place."""
+    """Two parameters in one place; those of sparse gradients are stepped by torch, one by one."""
     param = run.params[name]
-    others = [
+    stepped = [
         p
         for g in run.optimizer.param_groups
         for p in g["params"]
-        if p is not param and p.grad is not None and p.dtype == param.dtype and p.numel()
+        if p.grad is not None and not p.grad.is_sparse and p.dtype == param.dtype and p.numel()
     ]
-    if not others or not param.numel():
+    others = [p for p in stepped if p is not param]
+    if not others or len(others) == len(stepped):
         return None
     kept, other = param.data, others[0].data
     shared = torch.zeros(param.numel() + other.numel() - 1, dtype=param.dtype)
