@@ -38,10 +38,13 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def eviction(tensors: list[Tensor]) -> Callable[[], object]:
-    """Returns what drives CPU tensors out of the caches; they must outlive it."""
+def eviction(tensors: list[Tensor]) -> Callable[[], object] | None:
+    """Returns what drives CPU tensors out of the caches; they must outlive it.
+
+    None for those that are larger, and do it themselves.
+    """
     if sum(each.nbytes for each in tensors) >= SELF_EVICTING * last_cache_bytes():
-        return lambda: None
+        return None
     count, native = len(tensors), library()
     if native is None or not native.evict(None, None, 0):
         return walk()

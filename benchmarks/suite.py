@@ -121,7 +121,7 @@ class Contestant:
     peer: str
     run: Run
     moved_bytes: int
-    evict: Run  # drives its tensors out of the CPU's caches
+    evict: Run | None  # drives its tensors out of the CPU's caches, if they do not so themselves
     launches: int | None
 
 
@@ -188,10 +188,6 @@ class Gradients:
 # ---- Contestants ---------------------------------------------------------------------------------
 
 
-def nothing() -> None:
-    """What a GPU's clock does otherwise."""
-
-
 def launches_of(step: Step, device: torch.device) -> int | None:
     """Counts the kernels, copies and fills that a step puts on the GPU; None where CUPTI fails."""
     if device.type != "cuda":
@@ -220,7 +216,7 @@ def build(case: Case, provider: Provider, grads: Gradients, launches: bool) -> C
         raise WrongResultError(f"{provider.name} on {case.shapes_name}: {error}") from None
     counted = launches_of(step, case.device) if launches else None
     grads.renew()
-    evict = eviction(step.tensors()) if case.device.type == "cpu" else nothing
+    evict = eviction(step.tensors()) if case.device.type == "cpu" else None
     return Contestant(provider.name, provider.peer, step.run, case.moved_bytes, evict, counted)
 
 
@@ -228,14 +224,14 @@ def build(case: Case, provider: Provider, grads: Gradients, launches: bool) -> C
 def roof_probe(op: Op, arena_bytes: int, device: torch.device, threads: int) -> Probe:
     """Chooses the fastest probe, once for all cases that have the same."""
     arena = filled((arena_bytes // 4,), torch.randn(POOL, device=device))
-    evict = eviction([arena]) if device.type == "cpu" else nothing
+    evict = eviction([arena]) if device.type == "cpu" else None
     return best_probe(op, arena, threads, cold_clock(device, defaultdict(lambda: evict)))
 
 
 def build_roof(case: Case) -> Contestant:
     """Returns the roof as a contestant."""
     probe = roof_probe(case.op, case.roof_bytes, case.device, case.threads)
-    evict = eviction([probe.arena]) if case.device.type == "cpu" else nothing
+    evict = eviction([probe.arena]) if case.device.type == "cpu" else None
     return Contestant(probe.name, ROOF, probe.run, probe.moved_bytes, evict, None)
 
 
@@ -339,7 +335,7 @@ class Measurement:
         self.hosts = {each.contestant.name: each.timing for each in results}
 
 
-def cold_clock(device: torch.device, evictions: Mapping[Run, Run]) -> Clock:
+def cold_clock(device: torch.device, evictions: Mapping[Run, Run | None]) -> Clock:
     """The clock of bandwidth."""
     return cold_cuda_clock(device) if device.type == "cuda" else cold_cpu_clock(evictions)
 

@@ -361,6 +361,18 @@ def test_evicted_tensors_are_cold():
     assert min(cold(tensor.sum) for _ in range(200)) > 1.5 * warm
 
 
+def test_code_is_warm_where_tensors_are_cold():
+    calls: list[str] = []
+
+    def run() -> None:
+        calls.append("run")
+
+    timing.cold_cpu_clock({run: lambda: calls.append("evict")})(run)
+    assert calls == ["run", "evict", "run"]
+    timing.cold_cpu_clock({run: None})(run)  # large tensors, which evict themselves
+    assert calls[3:] == ["run"]
+
+
 def test_without_a_compiler_the_roof_and_cold_caches_do_without(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(roof, "library", lambda: None)

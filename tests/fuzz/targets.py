@@ -320,10 +320,12 @@ class _Caller:
 
     def _add(self) -> list[Any]:
         params, source = self._rows(1), self.source
-        shadows = [self._shadow(p) for p in params] if source.chance(40) else None
+        has_shadows = source.chance(50 if self.averages else 5)
+        shadows = [self._shadow(p) for p in params] if has_shadows else None
+        refinements = self._beside(params) if source.chance(10) else None  # of half types alone
         ordinals = list(range(len(params))) if source.chance(50) else None
         beside = [self._beside(params), self._beside(params)]
-        return [params, *beside, shadows, self._beside(params), ordinals, self._group(), False]
+        return [params, *beside, shadows, refinements, ordinals, self._group(), False]
 
     def _add_grads(self) -> list[Any]:
         return [self._rows(), False]
