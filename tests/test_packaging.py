@@ -59,7 +59,8 @@ def sources() -> set[str]:
         files += [path for path in (ROOT / folder).rglob("*") if "__pycache__" not in path.parts]
     files = [path for path in files if ROOT / "benchmarks" / "results" not in path.parents]
     names = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
-    return {name for name in names if not name.endswith(".so")} - {"requirements.txt"}
+    # What builds and benchmarks leave behind is no source.
+    return {name for name in names if not name.endswith((".so", ".svg"))} - {"requirements.txt"}
 
 
 @pytest.fixture(scope="module")
