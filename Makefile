@@ -1,8 +1,9 @@
 # The commands of the project. Each one makes what it needs: .venv, the pinned requirements and the
 # compiled module are brought up to date first, through two stamp files in .venv.
 #
-#   make demo DEMO_ARGS="--epochs 5"     make test PYTEST_ARGS="-k ema"     make bench BENCH_ARGS="--help"
-#   make test-wheel TORCH=2.11.0         make fuzz MINUTES=30
+#   make demo DEMO_ARGS="--epochs 5"     make test PYTEST_ARGS="-k ema" TEST_PROCESSES=4
+#   make bench BENCH_ARGS="--help"       make fuzz MINUTES=30
+#   make test-wheel TORCH=2.11.0
 
 PYTHON ?= python3
 # What the caller names, and nothing where the line above decides.

@@ -556,6 +556,7 @@ EXITS = {
     """,
     "daemon in a step": """
         params, opt, ema = make(2_000_000)
+        opt.step()  # whose operations of torch, which make the state, may not be left so
         def loop():
             while True: opt.step()
         threading.Thread(target=loop, daemon=True).start(); time.sleep(0.2)
