@@ -39,6 +39,19 @@ def test_what_a_subclass_raises_is_raised():
         _C.Plan().add([torch.ones(1).as_subclass(Mute)], *[None] * 5, group(), False)
 
 
+class Interrupted:
+    """Ctrl-C while torch's code asks what it is."""
+
+    @property
+    def __class__(self):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_where_a_tensor_is_asked_for_is_ctrl_c():
+    with pytest.raises(KeyboardInterrupt):
+        _C.Plan().add_grads([Interrupted()], False)
+
+
 @pytest.mark.parametrize("grads", [(1, 2), 3, "ab"], ids=repr)
 def test_a_stream_that_is_no_list_is_refused(grads):
     with pytest.raises(TypeError, match="expected a list or None"):

@@ -48,11 +48,15 @@ class PlainSubclass(Tensor):
         return "PlainSubclass"
 
 
+class OddError(Exception):
+    """What only `Odd` raises."""
+
+
 class Odd(Tensor):
     """A subclass whose answers are nonsense."""
 
     def is_neg(self) -> Any:
-        raise ZeroDivisionError
+        raise OddError
 
     def __repr__(self) -> str:  # type: ignore[override]
         return "Odd"
